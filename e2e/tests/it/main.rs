@@ -1,0 +1,13 @@
+//! The real processes on real servers. Each test's name is the property that it holds.
+#![allow(clippy::print_stdout, reason = "figures of a run are part of its result")]
+
+mod bad_records;
+mod debezium;
+mod documents;
+mod faults;
+mod latency;
+mod northwind;
+mod rate_limit;
+mod relays;
+mod traces;
+mod wal_volume;

@@ -1,0 +1,378 @@
+use std::{
+    collections::HashSet,
+    ops::Range,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{self, AtomicI64},
+    },
+    time::{Duration, Instant},
+};
+
+use futures_util::FutureExt;
+use sqlx::{Connection, PgConnection, PgPool, PgTransaction};
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use crate::{
+    decode::History,
+    handler::{Handler, HandlerError, IncomingEvent, Outcome},
+    ordering::{HeldKeys, Ordering, OutOfOrder, Settlement, Turn, Verdict, settle, turns},
+    pace::Commits,
+    queue::Record,
+    retry::{Schedule, Step},
+    table::{Failed, Hold, Parked, Table},
+};
+
+/// Why a batch as a whole had no effect, by the step that failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BatchError {
+    #[error("no transaction could begin: {0}")]
+    Begin(#[source] sqlx::Error),
+    #[error("the inbox rows could not be written: {0}")]
+    Inbox(#[source] sqlx::Error),
+    #[error("the handler failed: {0}")]
+    Handler(#[source] HandlerError),
+    #[error("the handler answered {answered} outcomes for {asked} events")]
+    WrongCount { asked: usize, answered: usize },
+    #[error("the handler panicked: {0}")]
+    Panicked(String),
+    /// It may have happened: the next try then finds the inbox rows.
+    #[error("the commit failed: {0}")]
+    Commit(#[source] sqlx::Error),
+    /// Like a failed commit it may have happened.
+    #[error("the transaction did not end within {0:?}, its connection was given up")]
+    TimedOut(Duration),
+    #[error(
+        "{aggregate_type} {aggregate_id} is held and has {most} events parked behind it, which is the most; settle the \
+         event that holds it"
+    )]
+    KeyFull {
+        aggregate_type: String,
+        aggregate_id: String,
+        most: u32,
+    },
+    #[error("{0} events are parked, which is the most; settle the keys that are held")]
+    TableFull(u32),
+    #[error("{0}")]
+    Undelivered(String),
+}
+
+/// Decoded events, and beside each the record it came in and the attempts behind it.
+#[derive(Clone, Copy)]
+pub(crate) struct Batch<'a> {
+    pub(crate) events: &'a [IncomingEvent],
+    pub(crate) records: &'a [&'a Record],
+    pub(crate) histories: &'a [History],
+}
+
+impl<'a> Batch<'a> {
+    pub(crate) fn part(&self, range: Range<usize>) -> Batch<'a> {
+        Batch {
+            events: &self.events[range.clone()],
+            records: &self.records[range.clone()],
+            histories: &self.histories[range],
+        }
+    }
+}
+
+/// What a transaction is made with.
+pub(crate) struct Process<H> {
+    pub(crate) pool: PgPool,
+    pub(crate) table: Table,
+    pub(crate) handler: H,
+    pub(crate) ordering: Ordering,
+    pub(crate) schedule: Schedule,
+    pub(crate) transaction_limit: Duration,
+    pub(crate) consumer_version: &'static str,
+    pub(crate) commits: Arc<Commits>,
+    /// Events parked in all, as last counted.
+    pub(crate) parked: AtomicI64,
+    /// Something parked may go.
+    pub(crate) releasing: Notify,
+}
+
+impl<H> Process<H> {
+    /// Commits, and notes how long the database took for it.
+    pub(crate) async fn commit(&self, transaction: PgTransaction<'_>) -> Result<(), BatchError> {
+        let start = Instant::now();
+        transaction.commit().await.map_err(BatchError::Commit)?;
+        self.commits.took(start.elapsed());
+        Ok(())
+    }
+}
+
+impl<H: Handler> Process<H> {
+    /// One batch in one transaction. On success the verdicts stand in the order of the events, and exactly those that
+    /// took effect, had done so before or are none of ours keep an inbox row. `judged` is what became of the only event
+    /// in a transaction before, which was rolled back: then the handler is not asked again.
+    ///
+    /// A server that vanished without a word never answers, and its own timeouts do not reach us: the limit ends the
+    /// wait. Do not cancel this from outside: a dropped `begin` can leave a connection inside a transaction that nobody
+    /// ends (HAZARDS H3).
+    pub(crate) async fn process(&self, batch: Batch<'_>, judged: Option<&Outcome>) -> Result<Vec<Verdict>, BatchError> {
+        let mut connection = self.pool.acquire().await.map_err(BatchError::Begin)?;
+        let transacted = tokio::time::timeout(self.transaction_limit, async {
+            let mut behind = HashSet::new();
+            loop {
+                match self.transact(&mut connection, batch, judged, &behind).await? {
+                    Ok(verdicts) => return Ok(verdicts),
+                    Err(OutOfOrder(ids)) => behind.extend(ids),
+                }
+            }
+        });
+        match transacted.await {
+            Ok(result) => result,
+            Err(_) => {
+                // Cut in the middle of a transaction: it must not meet the next borrower. Dropped, it closes its socket.
+                drop(connection.detach());
+                Err(BatchError::TimedOut(self.transaction_limit))
+            }
+        }
+    }
+
+    async fn transact(
+        &self,
+        connection: &mut PgConnection,
+        batch: Batch<'_>,
+        judged: Option<&Outcome>,
+        behind: &HashSet<Uuid>,
+    ) -> Result<Result<Vec<Verdict>, OutOfOrder>, BatchError> {
+        let events = batch.events;
+        let mut transaction = connection.begin().await.map_err(BatchError::Begin)?;
+        let claimed = self.table.claim(&mut transaction, events).await;
+        let mut claimed = claimed.map_err(BatchError::Inbox)?;
+        // The same id twice in one batch: the first one is the event, the second a duplicate of it.
+        let is_new: Vec<bool> = events.iter().map(|event| claimed.remove(&event.envelope.id)).collect();
+        // After the claim: whoever tried the same events before us has ended by now, and what he noted is seen.
+        let held = self.table.lock_held(&mut transaction, events).await;
+        let held = held.map_err(BatchError::Inbox)?;
+        let turns = turns(events, &is_new, &held, behind, &self.ordering);
+        let answers = match judged {
+            Some(outcome) => vec![outcome.clone()],
+            None => self.ask(&mut transaction, events, &turns).await?,
+        };
+        let settled = settle(
+            events,
+            &turns,
+            answers,
+            batch.histories,
+            &held,
+            &self.ordering,
+            &self.schedule,
+        );
+        let settlement = match settled {
+            Ok(settlement) => settlement,
+            Err(out_of_order) => {
+                transaction.rollback().await.map_err(BatchError::Inbox)?;
+                return Ok(Err(out_of_order));
+            }
+        };
+        self.write(&mut transaction, batch, &settlement, &held).await?;
+        let releasing = self.table.settle(&mut transaction, &settlement.settled).await;
+        let releasing = releasing.map_err(BatchError::Inbox)?;
+        if !settlement.settled.is_empty() {
+            // The event that held a key may have been dead once.
+            let held_by = |key| Some(held.get(key)?.event_id);
+            let ids: Vec<Uuid> = settlement.settled.iter().filter_map(held_by).collect();
+            self.resolve_applied(&mut transaction, batch, &settlement, &ids).await?;
+        }
+        self.commit(transaction).await?;
+        if releasing {
+            self.releasing.notify_one();
+        }
+        Ok(Ok(settlement.verdicts))
+    }
+
+    /// Those of `ids` that took effect here are no open dead letters any more.
+    async fn resolve_applied(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        batch: Batch<'_>,
+        settlement: &Settlement,
+        ids: &[Uuid],
+    ) -> Result<(), BatchError> {
+        let settled: Vec<Uuid> = batch
+            .events
+            .iter()
+            .zip(&settlement.verdicts)
+            .filter(|(_, verdict)| !matches!(verdict, Verdict::Failed { .. } | Verdict::Parked))
+            .map(|(event, _)| event.envelope.id)
+            .filter(|id| ids.contains(id))
+            .collect();
+        self.table
+            .resolve(transaction, &settled)
+            .await
+            .map_err(BatchError::Inbox)
+    }
+
+    /// Keeps the records that could not be read, or are of a type that is not to be passed over, before they leave.
+    pub(crate) async fn bury(&self, failed: &[Failed<'_>]) -> Result<(), BatchError> {
+        let mut connection = self.pool.acquire().await.map_err(BatchError::Begin)?;
+        let buried = tokio::time::timeout(self.transaction_limit, async {
+            let mut transaction = connection.begin().await.map_err(BatchError::Begin)?;
+            let noted = self
+                .table
+                .note_failures(&mut transaction, failed, self.consumer_version)
+                .await;
+            noted.map_err(BatchError::Inbox)?;
+            transaction.commit().await.map_err(BatchError::Commit)
+        });
+        match buried.await {
+            Ok(result) => result,
+            Err(_) => {
+                drop(connection.detach());
+                Err(BatchError::TimedOut(self.transaction_limit))
+            }
+        }
+    }
+
+    /// The handler's answers to the events whose turn it is.
+    async fn ask(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        events: &[IncomingEvent],
+        turns: &[Turn],
+    ) -> Result<Vec<Outcome>, BatchError> {
+        if turns.iter().all(|turn| *turn == Turn::Try) {
+            return apply(transaction, &self.handler, events).await;
+        }
+        let tried: Vec<IncomingEvent> = events
+            .iter()
+            .zip(turns)
+            .filter(|(_, turn)| **turn == Turn::Try)
+            .map(|(event, _)| event.clone())
+            .collect();
+        if tried.is_empty() {
+            return Ok(Vec::new());
+        }
+        apply(transaction, &self.handler, &tried).await
+    }
+
+    /// What has to stand in the table for what did not take effect.
+    async fn write(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        batch: Batch<'_>,
+        settlement: &Settlement,
+        held: &HeldKeys,
+    ) -> Result<(), BatchError> {
+        let without_effect = batch
+            .events
+            .iter()
+            .zip(&settlement.verdicts)
+            .filter(|(_, verdict)| matches!(verdict, Verdict::Failed { .. } | Verdict::Parked))
+            .map(|(event, _)| event.envelope.id);
+        let without_effect: Vec<Uuid> = without_effect.collect();
+        if without_effect.is_empty() {
+            return Ok(());
+        }
+        let table = &self.table;
+        table
+            .release(transaction, &without_effect)
+            .await
+            .map_err(BatchError::Inbox)?;
+        let failed: Vec<Failed<'_>> = (0..batch.events.len())
+            .filter_map(|place| match &settlement.verdicts[place] {
+                Verdict::Failed { step, class, reason } => Some(Failed {
+                    event: Some(&batch.events[place]),
+                    record: batch.records[place],
+                    history: &batch.histories[place],
+                    topic: &batch.events[place].position.topic,
+                    partition: batch.events[place].position.partition,
+                    class: *class,
+                    reason,
+                    dead: (*step == Step::DeadLetter)
+                        .then(|| self.ordering.holds(&batch.events[place].envelope.event_type)),
+                }),
+                _ => None,
+            })
+            .collect();
+        table
+            .note_failures(transaction, &failed, self.consumer_version)
+            .await
+            .map_err(BatchError::Inbox)?;
+        for place in &settlement.pass_over {
+            let passed = self.handler.pass_over(transaction, &batch.events[*place]).await;
+            passed.map_err(BatchError::Handler)?;
+        }
+        let holds: Vec<Hold<'_>> = settlement
+            .hold
+            .iter()
+            .map(|(place, state, reason)| Hold {
+                event: &batch.events[*place],
+                state: *state,
+                reason,
+                partition: batch.events[*place].position.partition,
+            })
+            .collect();
+        table.hold(transaction, &holds).await.map_err(BatchError::Inbox)?;
+        self.park(transaction, batch, &settlement.park, held).await
+    }
+
+    async fn park(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        batch: Batch<'_>,
+        places: &[usize],
+        held: &HeldKeys,
+    ) -> Result<(), BatchError> {
+        let Some(limits) = self.ordering.parking() else {
+            return Ok(());
+        };
+        let parked: Vec<Parked<'_>> = places
+            .iter()
+            .map(|place| Parked {
+                event: &batch.events[*place],
+                record: batch.records[*place],
+                history: &batch.histories[*place],
+            })
+            .collect();
+        let counts = self.table.park(transaction, &parked).await.map_err(BatchError::Inbox)?;
+        // A key that is only just held may pass the bound by this batch: refused, it could never be seen and settled.
+        let held_before = counts.into_iter().filter(|(key, _)| held.contains_key(key));
+        let fullest = held_before.max_by_key(|(_, parked)| *parked);
+        if let Some(((aggregate_type, aggregate_id), parked)) = fullest {
+            if parked > i64::from(limits.most_per_key) {
+                return Err(BatchError::KeyFull {
+                    aggregate_type,
+                    aggregate_id,
+                    most: limits.most_per_key,
+                });
+            }
+            let in_all = self.parked.load(atomic::Ordering::Relaxed);
+            if in_all >= i64::from(limits.most_in_all) {
+                return Err(BatchError::TableFull(limits.most_in_all));
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(crate) async fn apply<H: Handler>(
+    transaction: &mut PgTransaction<'_>,
+    handler: &H,
+    events: &[IncomingEvent],
+) -> Result<Vec<Outcome>, BatchError> {
+    // After a panic nothing of the transaction is used: it is dropped and rolled back.
+    let outcomes = AssertUnwindSafe(handler.apply(transaction, events))
+        .catch_unwind()
+        .await
+        .map_err(|panic| BatchError::Panicked(panic_text(&*panic)))?
+        .map_err(BatchError::Handler)?;
+    if outcomes.len() != events.len() {
+        return Err(BatchError::WrongCount {
+            asked: events.len(),
+            answered: outcomes.len(),
+        });
+    }
+    Ok(outcomes)
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".to_owned())
+}

@@ -1,0 +1,144 @@
+//! All SQL of the engine: the inbox, one row per event that took effect, written in the transaction of the effect; the keys
+//! that are held, and the events parked behind them; the dead letters; what operators set.
+//!
+//! A service's migration creates the tables as `migrations/commerce/0005_inbox.sql`, `0006_held_keys.sql`,
+//! `0007_dead_letters.sql` and `0008_consumer_controls.sql` do.
+
+use std::{collections::HashSet, sync::Arc};
+
+/// Keys that are held, and for what.
+mod held;
+
+/// Events that wait behind them.
+mod parked;
+
+/// Tries that failed, and what died of it.
+mod dead_letters;
+
+/// What operators set while the consumer runs.
+pub(crate) mod controls;
+
+/// Records in columns.
+mod records;
+
+pub use controls::Remembered;
+pub(crate) use dead_letters::Failed;
+pub(crate) use held::Hold;
+pub use held::{HeldKeyRow, HeldKeysPage};
+pub(crate) use parked::{Parked, ParkedRow};
+
+use sqlx::{AssertSqlSafe, PgTransaction};
+use uuid::Uuid;
+
+use crate::handler::IncomingEvent;
+
+/// The inbox of one schema, for one consumer group.
+#[derive(Debug, Clone)]
+pub struct Table {
+    consumer: Arc<str>,
+    schema: Arc<str>,
+    claim: Arc<str>,
+    release: Arc<str>,
+    lock_held: Arc<str>,
+}
+
+/// The schema name is put into SQL text, so only plain lower-case identifiers are taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a schema name: expected a-z, 0-9 and _, not starting with a digit, at most 63 bytes")]
+pub struct InvalidSchema(String);
+
+impl Table {
+    /// `consumer` is the name under which the rows stand: the consumer group.
+    ///
+    /// # Errors
+    /// [`InvalidSchema`].
+    pub fn new(schema: &str, consumer: &str) -> Result<Self, InvalidSchema> {
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+        let starts_well = schema.bytes().next().is_some_and(|first| !first.is_ascii_digit());
+        if !starts_well || schema.len() > 63 || !schema.bytes().all(plain) {
+            return Err(InvalidSchema(schema.to_owned()));
+        }
+        Ok(Self {
+            consumer: consumer.into(),
+            schema: schema.into(),
+            claim: include_str!("claim.sql").replace("{schema}", schema).into(),
+            release: format!("DELETE FROM {schema}.inbox WHERE consumer = $1 AND event_id = ANY($2)").into(),
+            lock_held: include_str!("lock_held_keys.sql").replace("{schema}", schema).into(),
+        })
+    }
+
+    /// The consumer group.
+    pub(crate) fn consumer(&self) -> &str {
+        &self.consumer
+    }
+
+    /// Inserts the rows of all events at once and returns the ids that are new. An id that is missing has taken effect
+    /// before, or is taking effect right now in another transaction, which this one has then waited for.
+    ///
+    /// # Errors
+    /// Any database error; the transaction is then of no use.
+    pub async fn claim(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        events: &[IncomingEvent],
+    ) -> Result<HashSet<Uuid>, sqlx::Error> {
+        let count = events.len();
+        let mut ids = Vec::with_capacity(count);
+        let mut aggregate_types = Vec::with_capacity(count);
+        let mut aggregate_ids = Vec::with_capacity(count);
+        let mut sequences = Vec::with_capacity(count);
+        let mut topics = Vec::with_capacity(count);
+        let mut partitions = Vec::with_capacity(count);
+        let mut offsets = Vec::with_capacity(count);
+        for IncomingEvent { envelope, position, .. } in events {
+            ids.push(envelope.id);
+            aggregate_types.push(envelope.aggregate_type.as_str());
+            aggregate_ids.push(envelope.aggregate_id.as_str());
+            sequences.push(envelope.sequence);
+            topics.push(&*position.topic);
+            partitions.push(position.partition);
+            offsets.push(position.offset);
+        }
+        let claimed: Vec<(Uuid,)> = sqlx::query_as(AssertSqlSafe(Arc::clone(&self.claim)))
+            .bind(&*self.consumer)
+            .bind(ids)
+            .bind(aggregate_types)
+            .bind(aggregate_ids)
+            .bind(sequences)
+            .bind(topics)
+            .bind(partitions)
+            .bind(offsets)
+            .fetch_all(&mut **transaction)
+            .await?;
+        Ok(claimed.into_iter().map(|(id,)| id).collect())
+    }
+
+    /// Takes back claims of this transaction: those events did not take effect and must be free to come again.
+    ///
+    /// # Errors
+    /// Any database error; the transaction is then of no use.
+    pub async fn release(&self, transaction: &mut PgTransaction<'_>, ids: &[Uuid]) -> Result<(), sqlx::Error> {
+        sqlx::query(AssertSqlSafe(Arc::clone(&self.release)))
+            .bind(&*self.consumer)
+            .bind(ids)
+            .execute(&mut **transaction)
+            .await?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_plain_identifiers_become_part_of_sql() {
+        for good in ["commerce", "_private", "a1"] {
+            assert!(Table::new(good, "group").is_ok(), "{good}");
+        }
+        for bad in ["", "1a", "a b", "a;drop table x", "Commerce", "ä", "a\"b"] {
+            assert!(Table::new(bad, "group").is_err(), "{bad}");
+        }
+        assert!(Table::new(&"a".repeat(64), "group").is_err());
+    }
+}

@@ -1,0 +1,13 @@
+//! The engine on a real PostgreSQL and a real Kafka, with a handler that only notes what took effect.
+#![allow(clippy::unwrap_used, reason = "a test ends where something unexpected happens")]
+#![allow(clippy::print_stdout, reason = "seeds and figures are part of a test's result")]
+
+mod controls;
+mod effects;
+mod faults;
+mod flood;
+mod ordering;
+mod rate;
+mod redirects;
+mod stage;
+mod triage;

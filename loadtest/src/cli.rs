@@ -1,0 +1,290 @@
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+
+use crate::workload::{LARGEST_PAYLOAD, SMALLEST_PAYLOAD};
+
+const EXAMPLES: &str = "\
+Examples:
+  loadtest drain --relay wal:off,wal:published,poll:published --peer pg-recvlogical
+  loadtest latency --relay wal,poll --rate 1000 --duration 30s --peer debezium --debezium-libs ~/debezium-libs";
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 failed while running; 2 usage error, nothing was done; 3 a dependency is missing or cannot be
+reached; 99 a check was not met: events lost, out of order or not marked, or the offered rate was not reached; 130 and
+143 stopped by SIGINT and SIGTERM, everything removed.
+
+The result goes to standard output, progress to standard error, and all figures to a JSON file.";
+
+/// Measures relays, and their peers beside them.
+///
+/// Each contender gets a fresh database with the product's migrations and a fresh topic. Run one measurement at a time,
+/// and compare figures of one run only.
+#[derive(Debug, Parser)]
+#[command(name = "loadtest", version, before_help = EXAMPLES, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Fill the outbox while nobody publishes, then measure how fast the backlog reaches the topic.
+    #[command(before_help = "\
+Examples:
+  loadtest drain                                            1,000,000 rows of 400 B through the WAL relay
+  loadtest drain --rows 200000 --relay wal:off,poll:off     two modes, without lifecycle
+  loadtest drain --relay wal:off --peer pg-recvlogical,debezium --debezium-libs ~/debezium-libs")]
+    Drain(DrainArgs),
+    /// Append on an open schedule and measure how long each event takes to the broker.
+    #[command(before_help = "\
+Examples:
+  loadtest latency                                          1,000/s for 30 s through the WAL relay
+  loadtest latency --relay wal,poll,after-commit --through api --rate 500
+  loadtest latency --peer debezium --debezium-libs ~/debezium-libs")]
+    Latency(LatencyArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// Rows of the backlog.
+    #[arg(long, value_name = "COUNT", default_value = "1000000", value_parser = clap::value_parser!(u64).range(1..=20_000_000))]
+    pub rows: u64,
+    /// Bytes of each envelope, the column `payload` and the Kafka value.
+    #[arg(long, value_name = "BYTES", default_value = "400", value_parser = clap::value_parser!(u32).range(i64::from(SMALLEST_PAYLOAD)..=i64::from(LARGEST_PAYLOAD)))]
+    pub payload_bytes: u32,
+    /// Events of each key; the backlog has COUNT / EVENTS keys.
+    #[arg(long, value_name = "EVENTS", default_value = "10", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub events_per_key: u64,
+    /// Rows that one transaction commits while the backlog is made; a relay over the log meets them in these pieces.
+    #[arg(long, value_name = "ROWS", default_value = "100", value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub rows_per_transaction: u64,
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct LatencyArgs {
+    /// Events appended per second, one transaction each.
+    #[arg(long, value_name = "PER-SECOND", default_value = "1000", value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub rate: u64,
+    /// How long is measured, e.g. `30s`, `5m`; up to 1h.
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
+    pub duration: Duration,
+    /// How long the same load runs before it counts.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    pub warm_up: Duration,
+    /// Where events are appended: into the table by the load test itself, or by requests to the product's API.
+    /// `after-commit` publishes from the API's process, so it is always measured through the API.
+    #[arg(long, value_enum, default_value_t = Through::Table)]
+    pub through: Through,
+    /// Appends under way at once. Too few make the schedule late, which shows as `late start`.
+    #[arg(long, value_name = "COUNT", default_value = "16", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub connections: u32,
+    /// Bytes of each envelope; events made by the API have their own size.
+    #[arg(long, value_name = "BYTES", default_value = "400", value_parser = clap::value_parser!(u32).range(i64::from(SMALLEST_PAYLOAD)..=i64::from(LARGEST_PAYLOAD)))]
+    pub payload_bytes: u32,
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct CommonArgs {
+    /// Our relay as MODE or MODE:LIFECYCLE, several separated by commas. Modes: wal, poll, after-commit, external, auto;
+    /// lifecycles: off, published (when not given), full.
+    #[arg(long, value_name = "MODE[:LIFECYCLE]", value_delimiter = ',', default_value = "wal")]
+    pub relay: Vec<RelayKind>,
+    /// Peers measured in the same run, several separated by commas.
+    #[arg(long, value_enum, value_name = "PEER", value_delimiter = ',')]
+    pub peer: Vec<Peer>,
+    /// Folder with the jars of Kafka Connect and Debezium, for the peers of Debezium.
+    #[arg(long, value_name = "DIR")]
+    pub debezium_libs: Option<PathBuf>,
+    /// `own` starts PostgreSQL and Kafka for this run; `environment` uses those of TEST_DATABASE_URL, KAFKA_BROKERS and
+    /// TEST_ROLE_PASSWORD, as `./dev env` prints them.
+    #[arg(long, value_enum, default_value_t = Where::Own)]
+    pub servers: Where,
+    /// Partitions of the topic.
+    #[arg(long, value_name = "COUNT", default_value = "12", value_parser = clap::value_parser!(i32).range(1..=1_000))]
+    pub partitions: i32,
+    /// A setting of logistics-svc, e.g. `RELAY_LINGER=0ms`; repeatable. The environment's own settings are not passed on.
+    #[arg(long = "set", value_name = "NAME=VALUE", value_parser = setting)]
+    pub settings: Vec<(String, String)>,
+    /// Give up when nothing has moved for this long.
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
+    pub patience: Duration,
+    /// The JSON file; by default `loadtest/<command>-<time>.json` in the build's target folder.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// `RELAY_MODE`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    Wal,
+    Poll,
+    AfterCommit,
+    External,
+    Auto,
+}
+
+/// `RELAY_LIFECYCLE`: which marks a row gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Lifecycle {
+    Off,
+    Published,
+    Full,
+}
+
+/// A mode of our relay with its lifecycle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RelayKind {
+    pub mode: Mode,
+    pub lifecycle: Lifecycle,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Peer {
+    /// Over the very rows of each contender, before it drains them; drain only.
+    PgRecvlogical,
+    /// Debezium with its poll interval at 10 ms.
+    Debezium,
+    /// Debezium with its poll interval at the default of 500 ms.
+    DebeziumDefaults,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Through {
+    Table,
+    Api,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Where {
+    Own,
+    Environment,
+}
+
+impl Mode {
+    /// As the setting spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Wal => "wal",
+            Self::Poll => "poll",
+            Self::AfterCommit => "after-commit",
+            Self::External => "external",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+impl Lifecycle {
+    /// As the setting spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Published => "published",
+            Self::Full => "full",
+        }
+    }
+}
+
+impl fmt::Display for RelayKind {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}:{}", self.mode.name(), self.lifecycle.name())
+    }
+}
+
+impl FromStr for RelayKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mode, lifecycle) = text.split_once(':').unwrap_or((text, "published"));
+        Ok(Self {
+            mode: one_of(mode)?,
+            lifecycle: one_of(lifecycle)?,
+        })
+    }
+}
+
+fn one_of<T: ValueEnum>(text: &str) -> Result<T, String> {
+    T::from_str(text, false).map_err(|_| {
+        let names: Vec<String> = T::value_variants()
+            .iter()
+            .filter_map(|variant| Some(variant.to_possible_value()?.get_name().to_owned()))
+            .collect();
+        format!("`{text}` is not one of {}", names.join(", "))
+    })
+}
+
+/// From a second to an hour: shorter says nothing, longer is a mistake.
+fn duration(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if duration < Duration::from_secs(1) || duration > Duration::from_secs(3600) {
+        return Err("allowed are 1s to 1h".to_owned());
+    }
+    Ok(duration)
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("write NAME=VALUE")?;
+    let plain = |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_';
+    if name.is_empty() || !name.bytes().all(plain) {
+        return Err(format!("`{name}` is not the name of a setting, e.g. RELAY_LINGER"));
+    }
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_relay_is_a_mode_with_a_lifecycle() {
+        let parse = |text: &str| text.parse::<RelayKind>().map(|kind| kind.to_string());
+        assert_eq!(parse("poll").unwrap(), "poll:published");
+        assert_eq!(parse("after-commit:full").unwrap(), "after-commit:full");
+        assert_eq!(
+            parse("wall").unwrap_err(),
+            "`wall` is not one of wal, poll, after-commit, external, auto"
+        );
+        assert_eq!(parse("wal:").unwrap_err(), "`` is not one of off, published, full");
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_the_name_of_its_argument() {
+        for (argument, value) in [
+            ("--rows", "0"),
+            ("--payload-bytes", "10"),
+            ("--events-per-key", "-1"),
+            ("--rows-per-transaction", "many"),
+            ("--relay", "wal:all"),
+            ("--peer", "sequin"),
+            ("--set", "linger"),
+            ("--patience", "0s"),
+        ] {
+            let error = Cli::try_parse_from(["loadtest", "drain", &format!("{argument}={value}")]).unwrap_err();
+            assert!(error.to_string().contains(argument), "{error}");
+        }
+        for (argument, value) in [
+            ("--rate", "0"),
+            ("--duration", "2h"),
+            ("--warm-up", "x"),
+            ("--connections", "0"),
+        ] {
+            let error = Cli::try_parse_from(["loadtest", "latency", &format!("{argument}={value}")]).unwrap_err();
+            assert!(error.to_string().contains(argument), "{error}");
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! The measuring side: how fast a relay drains a backlog, how long an event takes from append to broker, and what the
+//! peers reach on the same rows in the same run. Every figure comes with an account of the events: rows in, distinct
+//! rows out.
+//!
+//! Modules in the order in which a run meets them:
+
+/// The command line: every argument with its range.
+pub mod cli;
+
+/// PostgreSQL and Kafka: started for the run, or named by the environment.
+pub mod servers;
+
+/// A fresh database and topic for one contender.
+pub mod place;
+
+/// The topic between contender and figures: made, watched, deleted.
+pub mod topic;
+
+/// What is measured: a mode of our relay, or Debezium.
+pub mod contender;
+
+/// Kafka Connect with Debezium, as a peer.
+pub mod debezium;
+
+/// `pg_recvlogical`, the limit of whatever reads the write-ahead log.
+pub mod pg_recvlogical;
+
+/// Memory and processor time of a contender's processes, while they work.
+pub mod usage;
+
+/// The events: which key, which sequence, exactly how many bytes.
+pub mod workload;
+
+/// A backlog, in bulk and in the order in which each key must leave.
+pub mod fill;
+
+/// One event at a time on an open schedule, straight into the table or through the API.
+pub mod append;
+
+/// The accounting: what stands in the topic against what was appended.
+pub mod verify;
+
+/// Reads records as they come, and takes the times.
+pub mod receive;
+
+/// The measurement of a drain.
+pub mod drain;
+
+/// The measurement of append → broker.
+pub mod latency;
+
+/// What the figures were measured on.
+pub mod conditions;
+
+/// A table for people, JSON for everything else.
+pub mod report;

@@ -1,0 +1,217 @@
+//! `loadtest drain` and `loadtest latency`: measure, account, report, leave nothing behind.
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::Context;
+use clap::Parser;
+use devstack::{
+    failure::{Exit, Failure},
+    progress::Progress,
+};
+use loadtest::{
+    cli::{Cli, Command, CommonArgs, DrainArgs, LatencyArgs, Mode, Peer},
+    conditions::Conditions,
+    contender::Contender,
+    drain::{self, Drained},
+    latency::{self, Measured},
+    pg_recvlogical::PgRecvlogical,
+    place::Place,
+    report::{self, Report},
+    servers::Servers,
+};
+use serde::Serialize;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// A check was not met.
+const NOT_MET: Exit = Exit::Passed(99);
+/// Most events of one latency run: each leaves a mark in memory.
+const MOST_EVENTS: u64 = 50_000_000;
+/// For threads that wait for a broker.
+const LAST_WAIT: Duration = Duration::from_secs(2);
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let exit = run(&cli).unwrap_or_else(|error| explain(&error));
+    ExitCode::from(exit.code())
+}
+
+fn run(cli: &Cli) -> anyhow::Result<Exit> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let exit = runtime.block_on(measure_and_remove(cli));
+    runtime.shutdown_timeout(LAST_WAIT);
+    exit
+}
+
+/// What a run has made, to be removed however it ends.
+#[derive(Default)]
+struct Made {
+    // In the order in which they go.
+    place: Option<Place>,
+    servers: Option<Servers>,
+}
+
+impl Made {
+    async fn remove(&mut self) -> anyhow::Result<()> {
+        match self.place.take() {
+            Some(place) => place.remove().await.context("remove what the run has made"),
+            None => Ok(()),
+        }
+    }
+}
+
+async fn measure_and_remove(cli: &Cli) -> anyhow::Result<Exit> {
+    let mut signals = Signals::listen()?;
+    let progress = Progress::on_stderr();
+    let mut made = Made::default();
+    let outcome = tokio::select! {
+        outcome = measure(cli, &mut made, &progress) => outcome,
+        // The processes of the contender are killed with their future.
+        exit = signals.next() => Ok(exit),
+    };
+    let removed = tokio::select! {
+        removed = made.remove() => removed,
+        _ = signals.next() => Ok(()),
+    };
+    let exit = outcome?;
+    removed?;
+    Ok(exit)
+}
+
+async fn measure(cli: &Cli, made: &mut Made, progress: &Progress) -> anyhow::Result<Exit> {
+    match &cli.command {
+        Command::Drain(args) => measure_drain(args, made, progress).await,
+        Command::Latency(args) => measure_latency(args, made, progress).await,
+    }
+}
+
+async fn measure_drain(args: &DrainArgs, made: &mut Made, progress: &Progress) -> anyhow::Result<Exit> {
+    if args.common.relay.iter().any(|kind| kind.mode == Mode::AfterCommit) {
+        return Err(usage(
+            "--relay after-commit: it publishes what its own process commits, and drains no backlog",
+        ));
+    }
+    let contenders = Contender::all(&args.common)?;
+    let reader = if args.common.peer.contains(&Peer::PgRecvlogical) {
+        Some(PgRecvlogical::find()?)
+    } else {
+        None
+    };
+    let servers = made.servers.insert(Servers::open(args.common.servers, progress).await?);
+    let conditions = Conditions::gather(servers, &args.common, reader.as_ref()).await?;
+    let mut results = Vec::new();
+    for contender in &contenders {
+        let place = made.place.insert(Place::new(servers, args.common.partitions)?);
+        let drained = drain::measure(contender, place, reader.as_ref(), args, progress).await?;
+        results.push((contender.is_peer(), drained));
+        if let Some(place) = made.place.take() {
+            place.remove().await?;
+        }
+    }
+    let ratios = report::drain_ratios(&results);
+    let results: Vec<&Drained> = results.iter().map(|(_, drained)| drained).collect();
+    let met = results.iter().all(|drained| drained.failures.is_empty());
+    let report = Report {
+        kind: "drain",
+        conditions,
+        results,
+        ratios,
+    };
+    publish(&report, &report::drain_text(&report), &args.common, met)
+}
+
+async fn measure_latency(args: &LatencyArgs, made: &mut Made, progress: &Progress) -> anyhow::Result<Exit> {
+    if args.common.peer.contains(&Peer::PgRecvlogical) {
+        return Err(usage(
+            "--peer pg-recvlogical: it reads a backlog, and has no part in latency",
+        ));
+    }
+    if latency::events(args.rate, args.warm_up + args.duration) > MOST_EVENTS {
+        return Err(usage("--rate times --duration: at most 50,000,000 events in one run"));
+    }
+    let contenders = Contender::all(&args.common)?;
+    let servers = made.servers.insert(Servers::open(args.common.servers, progress).await?);
+    let conditions = Conditions::gather(servers, &args.common, None).await?;
+    let mut results = Vec::new();
+    for contender in &contenders {
+        let place = made.place.insert(Place::new(servers, args.common.partitions)?);
+        let measured = latency::measure(contender, place, args, progress).await?;
+        results.push((contender.is_peer(), measured));
+        if let Some(place) = made.place.take() {
+            place.remove().await?;
+        }
+    }
+    let ratios = report::latency_ratios(&results);
+    let results: Vec<&Measured> = results.iter().map(|(_, measured)| measured).collect();
+    let met = results.iter().all(|measured| measured.failures.is_empty());
+    let report = Report {
+        kind: "latency",
+        conditions,
+        results,
+        ratios,
+    };
+    publish(&report, &report::latency_text(&report), &args.common, met)
+}
+
+fn publish<T: Serialize>(report: &Report<T>, text: &str, args: &CommonArgs, met: bool) -> anyhow::Result<Exit> {
+    let path = match &args.output {
+        Some(path) => path.clone(),
+        None => report::default_path(report.kind)?,
+    };
+    report.write(&path)?;
+    io::stdout().write_all(format!("{text}all figures: {}\n", path.display()).as_bytes())?;
+    Ok(if met { Exit::Done } else { NOT_MET })
+}
+
+fn usage(what: &str) -> anyhow::Error {
+    Failure::new(Exit::Usage, what, "loadtest --help").into()
+}
+
+/// One line what failed, why, what to try; returns the exit code it stands for.
+fn explain(error: &anyhow::Error) -> Exit {
+    let closed = error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe);
+    if closed {
+        return Exit::Done;
+    }
+    let failure = error.downcast_ref::<Failure>();
+    let mut text = format!("error: {error}\n");
+    for cause in error.chain().skip(1) {
+        text.push_str(&format!("  because: {cause}\n"));
+    }
+    if let Some(failure) = failure {
+        text.push_str(&format!("  try: {}\n", failure.hint));
+    }
+    // With standard error closed as well there is nobody to tell.
+    io::stderr().write_all(text.as_bytes()).ok();
+    failure.map_or(Exit::Failed, |failure| failure.exit)
+}
+
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt()).context("listen for SIGINT")?,
+            terminate: signal(SignalKind::terminate()).context("listen for SIGTERM")?,
+        })
+    }
+
+    /// The next one, as the exit code it leads to.
+    async fn next(&mut self) -> Exit {
+        tokio::select! {
+            _ = self.interrupt.recv() => Exit::Interrupted,
+            _ = self.terminate.recv() => Exit::Terminated,
+        }
+    }
+}

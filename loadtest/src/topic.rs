@@ -1,0 +1,208 @@
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use rdkafka::{
+    ClientConfig, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer},
+    producer::{BaseProducer, BaseRecord, Producer},
+    types::RDKafkaErrorCode,
+};
+use uuid::Uuid;
+
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// A topic whose records bear the broker's time.
+#[derive(Debug, Clone)]
+pub struct Topic {
+    brokers: String,
+    name: String,
+    partitions: i32,
+}
+
+impl Topic {
+    pub fn new(brokers: &str, name: &str, partitions: i32) -> Self {
+        Self {
+            brokers: brokers.to_owned(),
+            name: name.to_owned(),
+            partitions,
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn partitions(&self) -> i32 {
+        self.partitions
+    }
+
+    /// # Errors
+    /// If the broker does not answer, or refuses.
+    pub async fn create(&self) -> anyhow::Result<()> {
+        let topic = NewTopic::new(&self.name, self.partitions, TopicReplication::Fixed(1))
+            .set("message.timestamp.type", "LogAppendTime");
+        let results = self.admin()?.create_topics(&[topic], &options()).await;
+        for result in results.context("ask the broker to create the topic")? {
+            if let Err((topic, code)) = result {
+                bail!("create the topic {topic}: {code}");
+            }
+        }
+        Ok(())
+    }
+
+    /// A topic that does not exist is no error.
+    ///
+    /// # Errors
+    /// If the broker does not answer, or refuses.
+    pub async fn delete(&self) -> anyhow::Result<()> {
+        let results = self.admin()?.delete_topics(&[&self.name], &options()).await;
+        for result in results.context("ask the broker to delete the topic")? {
+            match result {
+                Ok(_) | Err((_, RDKafkaErrorCode::UnknownTopicOrPartition)) => {}
+                Err((topic, code)) => bail!("delete the topic {topic}: {code}"),
+            }
+        }
+        Ok(())
+    }
+
+    fn admin(&self) -> anyhow::Result<AdminClient<DefaultClientContext>> {
+        let config = ClientConfig::new().set("bootstrap.servers", &self.brokers).create();
+        config.context("create a Kafka admin client")
+    }
+
+    /// A reader of the whole topic, assigned nothing yet.
+    ///
+    /// # Errors
+    /// If the client cannot be made.
+    pub fn reader(&self) -> anyhow::Result<Reader> {
+        let consumer = ClientConfig::new()
+            .set("bootstrap.servers", &self.brokers)
+            .set("group.id", "loadtest")
+            .set("enable.auto.commit", "false")
+            .set("allow.auto.create.topics", "false")
+            .set("fetch.min.bytes", "1")
+            // The default of 1 s holds back a reader whose queue was full for a moment.
+            .set("fetch.queue.backoff.ms", "5")
+            .set("queued.max.messages.kbytes", "65536")
+            .create()
+            .context("create a Kafka client")?;
+        Ok(Reader {
+            topic: self.clone(),
+            consumer: Arc::new(consumer),
+        })
+    }
+}
+
+/// Publishes to a topic of its own for `time`, in bursts and one by one, and reads nothing: a Java broker compiles its
+/// hot paths while it works, and the first contender should not pay for that.
+///
+/// # Errors
+/// If the broker does not answer, or refuses.
+pub async fn warm_up(brokers: &str, partitions: i32, time: Duration) -> anyhow::Result<()> {
+    let topic = Topic::new(
+        brokers,
+        &format!("loadtest.warm-up.{}", Uuid::now_v7().simple()),
+        partitions,
+    );
+    topic.create().await?;
+    let (brokers, name) = (brokers.to_owned(), topic.name.clone());
+    let published = tokio::task::spawn_blocking(move || publish(&brokers, &name, time)).await;
+    topic.delete().await?;
+    published.context("warm up the broker")?
+}
+
+fn publish(brokers: &str, topic: &str, time: Duration) -> anyhow::Result<()> {
+    let producer: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("enable.idempotence", "true")
+        .set("allow.auto.create.topics", "false")
+        .set("linger.ms", "0")
+        .set("compression.type", "lz4")
+        .create()
+        .context("create a Kafka client")?;
+    let end = Instant::now() + time;
+    let value = "x".repeat(400);
+    for round in 0_u32.. {
+        if Instant::now() >= end {
+            break;
+        }
+        let burst = if round.is_multiple_of(2) { 2_000 } else { 1 };
+        for number in 0..burst {
+            let key = (round.wrapping_add(number)).to_string();
+            let record = BaseRecord::to(topic).key(&key).payload(&value);
+            if let Err((error, _)) = producer.send(record) {
+                return Err(error).context("warm up the broker");
+            }
+        }
+        producer.flush(DEADLINE).context("warm up the broker")?;
+    }
+    Ok(())
+}
+
+/// Reads a topic, and asks for its ends. The calls block.
+#[derive(Clone)]
+pub struct Reader {
+    topic: Topic,
+    consumer: Arc<BaseConsumer>,
+}
+
+impl Reader {
+    /// The first and the next offset of every partition, and how many records lie between.
+    ///
+    /// # Errors
+    /// If the broker does not answer in time.
+    pub fn ends(&self) -> anyhow::Result<Ends> {
+        let mut ends = Ends::default();
+        for partition in 0..self.topic.partitions {
+            let (low, high) = self
+                .consumer
+                .fetch_watermarks(&self.topic.name, partition, DEADLINE)
+                .with_context(|| format!("ask for the ends of partition {partition}"))?;
+            ends.records += (high - low).cast_unsigned();
+            ends.partitions.push((low, high));
+        }
+        Ok(ends)
+    }
+
+    /// The same from asynchronous code.
+    ///
+    /// # Errors
+    /// If the broker does not answer in time.
+    pub async fn count(&self) -> anyhow::Result<u64> {
+        let reader = self.clone();
+        let ends = tokio::task::spawn_blocking(move || reader.ends()).await;
+        Ok(ends.context("ask for the ends of the topic")??.records)
+    }
+
+    /// Reads from these offsets on.
+    ///
+    /// # Errors
+    /// If the client refuses.
+    pub fn assign(&self, offsets: impl Iterator<Item = i64>) -> anyhow::Result<&BaseConsumer> {
+        let mut assignment = TopicPartitionList::new();
+        for (partition, offset) in (0..).zip(offsets) {
+            assignment.add_partition_offset(&self.topic.name, partition, Offset::Offset(offset))?;
+        }
+        ensure!(assignment.count() > 0, "the topic {} has no partition", self.topic.name);
+        self.consumer.assign(&assignment).context("assign the partitions")?;
+        Ok(&self.consumer)
+    }
+}
+
+/// Where a topic begins and ends.
+#[derive(Debug, Default)]
+pub struct Ends {
+    pub partitions: Vec<(i64, i64)>,
+    pub records: u64,
+}
+
+fn options() -> AdminOptions {
+    AdminOptions::new()
+        .request_timeout(Some(DEADLINE))
+        .operation_timeout(Some(DEADLINE))
+}

@@ -1,0 +1,131 @@
+use std::{fs, time::Duration};
+
+use devstack::process::ProcessIdentity;
+use serde::Serialize;
+use tokio::task::JoinHandle;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+const INTERVAL: Duration = Duration::from_millis(100);
+/// Of the times in `/proc`; fixed for every Linux program.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// What a process took while it worked. A value that the system does not tell is absent.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Usage {
+    pub process: String,
+    /// Largest resident memory by the kernel's own record (`VmHWM`), in KiB.
+    pub peak_kib: Option<u64>,
+    /// Largest of the samples of `VmRSS`, in KiB.
+    pub sampled_peak_kib: Option<u64>,
+    pub samples: u64,
+    /// Processor time since its start, in seconds.
+    pub cpu_seconds: Option<f64>,
+}
+
+/// Samples processes until it is asked for the result.
+pub struct Watch {
+    tasks: Vec<JoinHandle<Usage>>,
+    /// Also ends them when the watch is dropped.
+    stop: DropGuard,
+}
+
+impl Watch {
+    pub fn over(processes: Vec<(String, ProcessIdentity)>) -> Self {
+        let stop = CancellationToken::new();
+        let watch = |(name, identity)| tokio::spawn(watch(name, identity, stop.clone()));
+        let tasks = processes.into_iter().map(watch).collect();
+        Self {
+            tasks,
+            stop: stop.drop_guard(),
+        }
+    }
+
+    /// What they took up to now; call it before they end.
+    pub async fn finish(self) -> Vec<Usage> {
+        drop(self.stop);
+        let mut usages = Vec::new();
+        for task in self.tasks {
+            match task.await {
+                Ok(usage) => usages.push(usage),
+                Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+            }
+        }
+        usages
+    }
+}
+
+/// Processor time that this process has taken, in seconds.
+pub fn own_cpu_seconds() -> Option<f64> {
+    cpu_seconds(&fs::read_to_string("/proc/self/stat").ok()?)
+}
+
+async fn watch(process: String, identity: ProcessIdentity, stop: CancellationToken) -> Usage {
+    let mut usage = Usage {
+        process,
+        ..Usage::default()
+    };
+    loop {
+        let last = stop.is_cancelled();
+        if identity.is_alive() {
+            usage.sample(identity.pid);
+        }
+        if last {
+            return usage;
+        }
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(INTERVAL) => {}
+        }
+    }
+}
+
+impl Usage {
+    fn sample(&mut self, pid: i32) {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        self.peak_kib = kib(&status, "VmHWM:").or(self.peak_kib);
+        self.sampled_peak_kib = self.sampled_peak_kib.max(kib(&status, "VmRSS:"));
+        self.samples += 1;
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        self.cpu_seconds = cpu_seconds(&stat).or(self.cpu_seconds);
+    }
+}
+
+fn kib(status: &str, field: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
+    line.trim().strip_suffix(" kB")?.parse().ok()
+}
+
+/// Fields 14 and 15: user and system time.
+fn cpu_seconds(stat: &str) -> Option<f64> {
+    // The name in field 2 may hold spaces and parentheses, so count from the last one.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some((user + system) as f64 / TICKS_PER_SECOND)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_and_time_are_read_as_the_kernel_writes_them() {
+        let status = "Name:\tx\nVmHWM:\t   12345 kB\nVmRSS:\t    1024 kB\n";
+        assert_eq!(
+            (kib(status, "VmHWM:"), kib(status, "VmRSS:")),
+            (Some(12_345), Some(1_024))
+        );
+        assert_eq!(kib("", "VmRSS:"), None);
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 100 0 0 0 150 50 0 0 20 0 1 0 5 6 7";
+        assert_eq!(cpu_seconds(stat), Some(2.0));
+    }
+
+    #[tokio::test]
+    async fn a_process_that_runs_is_seen() {
+        let this = ProcessIdentity::of_self().unwrap();
+        let watch = Watch::over(vec![("test".to_owned(), this)]);
+        let usages = watch.finish().await;
+        assert!(usages[0].peak_kib.unwrap() > 0, "{usages:?}");
+        assert!(usages[0].cpu_seconds.is_some(), "{usages:?}");
+    }
+}

@@ -1,0 +1,147 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::{Value, json};
+
+use crate::service::{TestService, new_shipment};
+
+/// An event of more than 40,000 bytes, above the test's limit, of fields that are each allowed.
+fn too_large() -> Value {
+    let lines: Vec<Value> = (0..500)
+        .map(|number| json!({"sku": format!("{number:0>64}"), "quantity": 1_000_000}))
+        .collect();
+    json!({"order_id": "10248", "warehouse": "main", "carrier": "x", "lines": lines})
+}
+
+#[tokio::test]
+async fn g1_every_change_has_its_event_and_every_event_its_change() {
+    let service = TestService::start().await;
+    let id = service.post("/v1/shipments", new_shipment("10248")).await.id();
+    let path = |verb: &str| format!("/v1/shipments/{id}/{verb}");
+    service
+        .post(&path("hold"), json!({"reason": "address"}))
+        .await
+        .expect(200);
+    service.post(&path("release"), json!({})).await.expect(200);
+    let completed = service
+        .post(&path("complete"), json!({"tracking_number": "1Z"}))
+        .await
+        .expect(200);
+    assert_eq!(
+        (
+            &completed["status"],
+            &completed["sequence"],
+            &completed["tracking_number"]
+        ),
+        (&json!("completed"), &json!(4), &json!("1Z"))
+    );
+    let part = json!({"reason": "damaged", "lines": [{"sku": "11", "quantity": 2}]});
+    let part = service.post(&path("return"), part).await.expect(200);
+    assert_eq!(part["status"], "completed");
+    let returned = service
+        .post(&path("return"), json!({"reason": "rest"}))
+        .await
+        .expect(200);
+    assert_eq!(returned["status"], "returned");
+    service.assert_events_match_shipments().await;
+
+    let events: Vec<(String, String, String)> = sqlx::query_as(
+        "SELECT type, payload->>'sequence', payload->>'aggregateId' FROM logistics.outbox ORDER BY sequence",
+    )
+    .fetch_all(&service.owner)
+    .await
+    .unwrap();
+    let types: Vec<&str> = events.iter().map(|event| event.0.as_str()).collect();
+    assert_eq!(
+        types,
+        [
+            "ShipmentCreated",
+            "ShipmentHeld",
+            "ShipmentReleased",
+            "ShipmentCompleted",
+            "ShipmentReturned",
+            "ShipmentReturned"
+        ]
+    );
+    assert!(events.iter().all(|event| event.2 == id.to_string()));
+    assert_eq!(service.get(&format!("/v1/shipments/{id}")).await.json(), returned);
+}
+
+#[tokio::test]
+async fn g1_an_event_above_the_size_limit_rolls_its_change_back() {
+    let service = TestService::start().await;
+    service.create(3).await;
+    let before = service.state().await;
+    let alone = service.post_with_key("/v1/shipments", "k1", too_large()).await;
+    assert_eq!(alone.expect(413)["code"], "too-large");
+    let with_others = json!({"shipments": [new_shipment("1"), too_large(), new_shipment("2")]});
+    service
+        .post_with_key("/v1/shipments/batch", "k2", with_others)
+        .await
+        .expect(413);
+    assert_eq!(service.state().await, before);
+    service.assert_no_open_transaction().await;
+}
+
+#[tokio::test]
+async fn g1_holds_while_connections_are_cut_at_random() {
+    let service = TestService::start().await;
+    let done = AtomicBool::new(false);
+    let cutter = async {
+        let mut cut = 0;
+        while !done.load(Ordering::Relaxed) {
+            let one: Option<bool> = sqlx::query_scalar(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                  WHERE datname = current_database() AND usename = 'logistics_svc' ORDER BY random() LIMIT 1",
+            )
+            .fetch_optional(&service.owner)
+            .await
+            .unwrap();
+            cut += i32::from(one == Some(true));
+            tokio::time::sleep(std::time::Duration::from_millis(7)).await;
+        }
+        cut
+    };
+    let writers = async {
+        let mut acknowledged = Vec::new();
+        for round in 0..60 {
+            let created = futures_util::future::join_all((0..8).map(|writer| {
+                let order = format!("{round}-{writer}");
+                let service = &service;
+                async move {
+                    let answer = service.post("/v1/shipments", new_shipment(&order)).await;
+                    match answer.status.as_u16() {
+                        201 => {
+                            let complete = format!("/v1/shipments/{}/complete", answer.id());
+                            let completed = service.post(&complete, json!({})).await;
+                            assert!(matches!(completed.status.as_u16(), 200 | 503), "{}", completed.text);
+                            Some((answer.id(), completed.status.as_u16() == 200))
+                        }
+                        503 => None,
+                        _ => panic!("{}", answer.text),
+                    }
+                }
+            }))
+            .await;
+            acknowledged.extend(created.into_iter().flatten());
+        }
+        done.store(true, Ordering::Relaxed);
+        acknowledged
+    };
+    let (cut, acknowledged) = futures_util::join!(cutter, writers);
+    assert!(cut > 20, "only {cut} connections were cut");
+    assert!(
+        acknowledged.len() > 100,
+        "only {} creations were acknowledged",
+        acknowledged.len()
+    );
+    service.assert_events_match_shipments().await;
+    for (id, completed) in acknowledged {
+        let status: Option<(String,)> = sqlx::query_as("SELECT status FROM logistics.shipments WHERE id = $1")
+            .bind(id)
+            .fetch_optional(&service.owner)
+            .await
+            .unwrap();
+        let (status,) = status.unwrap_or_else(|| panic!("shipment {id} was acknowledged and is gone"));
+        assert!(!completed || status == "completed", "shipment {id} is {status}");
+    }
+}

@@ -1,0 +1,222 @@
+use std::time::Duration;
+
+use shared_events::envelope::format_timestamp;
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use tokio::time::Instant;
+
+use crate::{
+    delivery::{Delivery, DeliveryError, Handed},
+    status::Metrics,
+    sweep::SweepError,
+    table::{self, After, Table, Unsent, UnsentRow},
+};
+
+/// Rows of one round; the next round goes on.
+const ROUND: i64 = 500;
+/// How far back unconfirmed rows are looked for. What is older was looked at in earlier rounds.
+const CONFIRMATION_REACH: Duration = Duration::from_secs(60 * 60);
+/// How long a round waits for the broker; the next one goes on.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Stands in the requests of rows that nobody has confirmed.
+const SWEEPER: &str = "sweeper";
+
+/// When a row counts as stuck.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StuckAfter {
+    /// Unsent for this long although its source should have brought it; `None` where the source itself finds such rows.
+    pub(crate) unsent: Option<Duration>,
+    /// Published and not confirmed; `None` without confirmations.
+    pub(crate) unconfirmed: Option<Duration>,
+}
+
+/// What a relay does every second beside the next batch: repaired keys, rows asked for again, rows that are stuck.
+pub(crate) struct Upkeep {
+    table: Table,
+    pool: PgPool,
+    metrics: Metrics,
+    stuck_after: StuckAfter,
+    sweep_due: Instant,
+}
+
+impl Upkeep {
+    pub(crate) fn new(table: Table, pool: PgPool, metrics: Metrics, stuck_after: StuckAfter) -> Self {
+        Self {
+            table,
+            pool,
+            metrics,
+            stuck_after,
+            sweep_due: Instant::now() + Self::interval(&stuck_after),
+        }
+    }
+
+    /// One round. `wanted` are the keys of this relay; `horizon` is the time up to which its source has brought
+    /// everything. May be dropped half-way: what it has sent is on its way, the rest comes in the next round.
+    pub(crate) async fn round(
+        &mut self,
+        delivery: &mut Delivery,
+        wanted: &Unsent,
+        horizon: OffsetDateTime,
+    ) -> Result<(), SweepError> {
+        // With the broker away nothing here helps, and everything would be sent twice when it comes back.
+        if delivery.is_stalled() {
+            return Ok(());
+        }
+        self.resend(delivery, wanted).await?;
+        self.release_keys(delivery).await?;
+        if self.sweep_due <= Instant::now() {
+            self.sweep(delivery, wanted, horizon).await?;
+            self.sweep_due = Instant::now() + Self::interval(&self.stuck_after);
+        }
+        Ok(())
+    }
+
+    /// A quarter of the shortest patience, so that a row waits little longer than it has to.
+    fn interval(stuck_after: &StuckAfter) -> Duration {
+        let shortest = stuck_after.unsent.into_iter().chain(stuck_after.unconfirmed).min();
+        shortest.map_or(Duration::from_secs(60), |patience| patience / 4)
+    }
+
+    /// Sends what operators asked for.
+    async fn resend(&self, delivery: &mut Delivery, wanted: &Unsent) -> Result<(), SweepError> {
+        let buckets = wanted.buckets.as_deref();
+        let (rows, failed) = table::next_resends(&self.table, &self.pool, buckets, ROUND).await?;
+        let mut sent = Vec::new();
+        for row in &rows {
+            if failed.contains(&row.id) {
+                self.repair(delivery, row).await?;
+            } else if self.publish(delivery, row).await? == Some(Handed::Over) {
+                // One behind a row that was set aside stays asked for: it goes when its key does.
+                sent.push(row.id);
+            }
+        }
+        if sent.is_empty() || !delivery.finish_within(PATIENCE).await? {
+            return Ok(());
+        }
+        table::mark_published_again(&self.table, &self.pool, &sent).await?;
+        table::resend_done(&self.table, &self.pool, &sent, None).await?;
+        self.metrics.resent(sent.len());
+        tracing::info!(rows = sent.len(), first = %sent[0], "sent again as asked");
+        Ok(())
+    }
+
+    /// Sends a row that was set aside, alone, so that a second refusal is its own; then its key's waiting rows in their
+    /// order. Until all of them are acknowledged the row stays set aside: a crash finds the key waiting, and the request open.
+    async fn repair(&self, delivery: &mut Delivery, row: &UnsentRow) -> Result<(), SweepError> {
+        let time = format_timestamp(row.created_at)?;
+        let event = row.outgoing(&time);
+        delivery.hold_mark(row.id);
+        if let Some(error) = delivery.publish_alone(event).await? {
+            delivery.set_aside(event, &error).await?;
+            let refusal = error.to_string();
+            table::resend_done(&self.table, &self.pool, &[row.id], Some(&refusal)).await?;
+            return Err(DeliveryError::Renew.into());
+        }
+        let key = &row.aggregate_id;
+        if !self.send_waiting(delivery, key, row.sequence).await? {
+            return Ok(());
+        }
+        let repaired = [row.id];
+        table::mark_published(&self.table, &self.pool, &repaired).await?;
+        table::resend_done(&self.table, &self.pool, &repaired, None).await?;
+        self.metrics.resent(1);
+        tracing::info!(event_id = %row.id, key, "the row is repaired, its key goes on");
+        Ok(())
+    }
+
+    /// Lets keys go on whose row was found to be published by somebody else.
+    async fn release_keys(&self, delivery: &mut Delivery) -> Result<(), SweepError> {
+        let failed = table::failed_keys(&self.table, &self.pool).await?;
+        let repaired: Vec<String> = delivery
+            .blocked()
+            .keys()
+            .filter(|key| !failed.contains(key))
+            .cloned()
+            .collect();
+        delivery.block(failed);
+        for key in repaired {
+            if self.send_waiting(delivery, &key, 0).await? {
+                tracing::info!(key, "the key goes on");
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a key's unsent rows after `sequence`, and waits until they are acknowledged. False if the key must wait on.
+    async fn send_waiting(&self, delivery: &mut Delivery, key: &str, sequence: i64) -> Result<bool, SweepError> {
+        // The log brings a row before it can be seen. Once the last one is seen, so are those before it: the row lock of
+        // their aggregate orders the commits.
+        if let Some(last_withheld) = delivery.blocked().get(key).copied().flatten()
+            && !table::is_seen(&self.table, &self.pool, last_withheld).await?
+        {
+            return Ok(false);
+        }
+        let last_withheld = delivery.unblock(key);
+        let mut after = sequence;
+        loop {
+            let rows = table::unsent_of_key(&self.table, &self.pool, key, after, ROUND).await?;
+            for row in &rows {
+                if self.publish(delivery, row).await?.is_none() {
+                    delivery.withhold_again(key, last_withheld);
+                    return Ok(false);
+                }
+                after = row.sequence;
+            }
+            if (rows.len() as i64) < ROUND {
+                break;
+            }
+        }
+        let finished = delivery.finish_within(PATIENCE).await?;
+        if !finished {
+            delivery.withhold_again(key, last_withheld);
+        }
+        Ok(finished)
+    }
+
+    async fn sweep(&self, delivery: &mut Delivery, wanted: &Unsent, horizon: OffsetDateTime) -> Result<(), SweepError> {
+        if let Some(patience) = self.stuck_after.unsent {
+            // Nothing of them may be on its way.
+            if !delivery.finish_within(PATIENCE).await? {
+                return Ok(());
+            }
+            let stuck = Unsent {
+                before: Some(horizon - patience),
+                ..wanted.clone()
+            };
+            let rows = table::unsent(&self.table, &self.pool, &stuck, &After::default(), ROUND).await?;
+            for row in &rows {
+                if self.publish(delivery, row).await?.is_none() {
+                    return Ok(());
+                }
+            }
+            if let Some(row) = rows.first() {
+                self.metrics.swept("init", rows.len());
+                tracing::warn!(rows = rows.len(), first = %row.id, ?patience, "rows were stuck unsent; sent now");
+            }
+        }
+        if let Some(patience) = self.stuck_after.unconfirmed {
+            let (patience_s, reach_s) = (patience.as_secs_f64(), CONFIRMATION_REACH.as_secs_f64());
+            let ids = table::unconfirmed(&self.table, &self.pool, patience_s, reach_s, ROUND).await?;
+            if let Some(id) = ids.first() {
+                self.metrics.swept("published", ids.len());
+                tracing::warn!(rows = ids.len(), first = %id, ?patience, "published and not confirmed; sending again");
+                let reason = format!("not confirmed within {} s", patience.as_secs());
+                table::request_resends(&self.table, &self.pool, &ids, SWEEPER, &reason).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `None` if there was no room for it in time: the broker is slow or away, and whoever called us has more to do.
+    async fn publish(&self, delivery: &mut Delivery, row: &UnsentRow) -> Result<Option<Handed>, SweepError> {
+        let give_up = Instant::now() + PATIENCE;
+        while !delivery.has_room_for(&row.aggregate_id) {
+            match tokio::time::timeout_at(give_up, delivery.progress()).await {
+                Ok(progress) => drop(progress?),
+                Err(_) => return Ok(None),
+            }
+        }
+        let time = format_timestamp(row.created_at)?;
+        Ok(Some(delivery.publish(row.outgoing(&time)).await?))
+    }
+}
