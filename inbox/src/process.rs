@@ -235,7 +235,7 @@ impl<H: Handler> Process<H> {
         turns: &[Turn],
     ) -> Result<Vec<Outcome>, BatchError> {
         if turns.iter().all(|turn| *turn == Turn::Try) {
-            return apply(transaction, &self.handler, events).await;
+            return self.apply(transaction, events).await;
         }
         let tried: Vec<IncomingEvent> = events
             .iter()
@@ -246,7 +246,28 @@ impl<H: Handler> Process<H> {
         if tried.is_empty() {
             return Ok(Vec::new());
         }
-        apply(transaction, &self.handler, &tried).await
+        self.apply(transaction, &tried).await
+    }
+
+    /// The handler's answers.
+    pub(crate) async fn apply(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        events: &[IncomingEvent],
+    ) -> Result<Vec<Outcome>, BatchError> {
+        // After a panic nothing of the transaction is used: it is dropped and rolled back.
+        let outcomes = AssertUnwindSafe(self.handler.apply(transaction, events))
+            .catch_unwind()
+            .await
+            .map_err(|panic| BatchError::Panicked(panic_text(&*panic)))?
+            .map_err(BatchError::Handler)?;
+        if outcomes.len() != events.len() {
+            return Err(BatchError::WrongCount {
+                asked: events.len(),
+                answered: outcomes.len(),
+            });
+        }
+        Ok(outcomes)
     }
 
     /// What has to stand in the table for what did not take effect.
@@ -347,26 +368,6 @@ impl<H: Handler> Process<H> {
         }
         Ok(())
     }
-}
-
-pub(crate) async fn apply<H: Handler>(
-    transaction: &mut PgTransaction<'_>,
-    handler: &H,
-    events: &[IncomingEvent],
-) -> Result<Vec<Outcome>, BatchError> {
-    // After a panic nothing of the transaction is used: it is dropped and rolled back.
-    let outcomes = AssertUnwindSafe(handler.apply(transaction, events))
-        .catch_unwind()
-        .await
-        .map_err(|panic| BatchError::Panicked(panic_text(&*panic)))?
-        .map_err(BatchError::Handler)?;
-    if outcomes.len() != events.len() {
-        return Err(BatchError::WrongCount {
-            asked: events.len(),
-            answered: outcomes.len(),
-        });
-    }
-    Ok(outcomes)
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

@@ -22,6 +22,8 @@ struct State {
     /// Per partition, what its worker waits for. Together they are one fault, logged when the first one begins and
     /// when the last one ends.
     faults: BTreeMap<(Arc<str>, i32), String>,
+    /// Why a parked event that failed cannot be sent on.
+    unsent: Option<String>,
     paused_by_operator: Option<String>,
     /// Records of the main topic that were not finished, and when; the oldest first.
     backlog: VecDeque<(Instant, i64)>,
@@ -85,7 +87,8 @@ impl Status {
             .faults
             .iter()
             .next()
-            .map(|((topic, partition), reason)| format!("{topic}[{partition}]: {reason}"));
+            .map(|((topic, partition), reason)| format!("{topic}[{partition}]: {reason}"))
+            .or_else(|| state.unsent.clone());
         Snapshot {
             joined: state.joined,
             broker_fault: state.broker_fault.clone(),
@@ -96,6 +99,15 @@ impl Status {
             held: state.held.clone(),
             lost: state.lost,
         }
+    }
+
+    /// A parked event that failed is refused by every topic: only an operator can help. `None`: no longer.
+    pub(crate) fn unsent(&self, reason: Option<String>) {
+        let mut state = self.lock();
+        if let Some(reason) = reason.as_ref().filter(|reason| state.unsent.as_ref() != Some(reason)) {
+            tracing::error!(reason, "stuck: a parked event can neither take effect nor be sent on");
+        }
+        state.unsent = reason;
     }
 
     /// Replaces the assignment after a rebalance.

@@ -50,4 +50,8 @@ CREATE INDEX dead_letters_by_job ON commerce.dead_letters (consumer, job)
 CREATE INDEX dead_letters_to_send ON commerce.dead_letters (consumer, job, aggregate_type, aggregate_id, sequence)
     WHERE job IS NOT NULL AND job_sent_at IS NULL AND state = 'open';
 
+-- A parked event whose failure is noted, its record not yet acknowledged in its topic: it is still to be sent.
+ALTER TABLE commerce.parked_events ADD COLUMN failed boolean NOT NULL DEFAULT false;
+
 GRANT SELECT, INSERT, UPDATE ON commerce.redrive_jobs TO commerce_svc;
+GRANT UPDATE (failed) ON commerce.parked_events TO commerce_svc;

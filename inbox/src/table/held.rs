@@ -4,7 +4,7 @@ use sqlx::{AssertSqlSafe, PgPool, PgTransaction};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::Table;
+use super::{Table, parked::columns};
 use crate::{
     handler::{IncomingEvent, Reason},
     ordering::{HeldKey, HeldKeys, Key, KeyState},
@@ -158,52 +158,39 @@ impl Table {
         Ok(releasing.rows_affected() > 0)
     }
 
-    /// Holds a key by its next open dead letter, if there is one and nothing is parked before it.
+    /// Holds those of the keys that have an open dead letter, and nothing parked before it, by the next of these letters;
+    /// returns which.
     pub(crate) async fn hold_by_next_dead(
         &self,
         transaction: &mut PgTransaction<'_>,
-        (aggregate_type, aggregate_id): &Key,
-    ) -> Result<bool, sqlx::Error> {
-        let held = sqlx::query(self.sql(
+        keys: &HashSet<Key>,
+    ) -> Result<Vec<Key>, sqlx::Error> {
+        if keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (types, ids) = columns(keys.iter());
+        sqlx::query_as(self.sql(
             "UPDATE {schema}.held_keys AS held
                 SET state = 'dead', event_id = letter.id, event_type = letter.event_type, sequence = letter.sequence,
                     error_type = letter.error_type, error_message = letter.error_message, changed_at = clock_timestamp()
-               FROM (SELECT id, event_type, sequence, error_type, error_message FROM {schema}.dead_letters
-                      WHERE consumer = $1 AND aggregate_type = $2 AND aggregate_id = $3 AND state = 'open' AND holds
-                      ORDER BY sequence LIMIT 1) AS letter
-              WHERE held.consumer = $1 AND held.aggregate_type = $2 AND held.aggregate_id = $3
+               FROM unnest($2::text[], $3::text[]) AS key (aggregate_type, aggregate_id),
+                    LATERAL (SELECT id, event_type, sequence, error_type, error_message FROM {schema}.dead_letters
+                              WHERE consumer = $1 AND aggregate_type = key.aggregate_type
+                                AND aggregate_id = key.aggregate_id AND state = 'open' AND holds
+                              ORDER BY sequence LIMIT 1) AS letter
+              WHERE held.consumer = $1 AND held.aggregate_type = key.aggregate_type
+                AND held.aggregate_id = key.aggregate_id
                 AND NOT EXISTS (SELECT FROM {schema}.parked_events AS parked
-                                 WHERE parked.consumer = $1 AND parked.aggregate_type = $2 AND parked.aggregate_id = $3
-                                   AND parked.sequence < letter.sequence)",
+                                 WHERE parked.consumer = $1 AND parked.aggregate_type = key.aggregate_type
+                                   AND parked.aggregate_id = key.aggregate_id
+                                   AND (parked.sequence < letter.sequence OR parked.event_id = letter.id))
+             RETURNING held.aggregate_type, held.aggregate_id",
         ))
         .bind(&*self.consumer)
-        .bind(aggregate_type)
-        .bind(aggregate_id)
-        .execute(&mut **transaction)
-        .await?;
-        Ok(held.rows_affected() > 0)
-    }
-
-    /// Leaves a key held by a parked event that cannot be read: nothing is lost, and a version that reads it may let it go.
-    pub(crate) async fn give_up(
-        &self,
-        transaction: &mut PgTransaction<'_>,
-        (aggregate_type, aggregate_id): &Key,
-        event_id: Uuid,
-    ) -> Result<(), sqlx::Error> {
-        sqlx::query(self.sql(
-            "UPDATE {schema}.held_keys
-                SET state = 'dead', event_id = $4, error_type = 'unreadable', changed_at = clock_timestamp(),
-                    error_message = 'the event is parked and cannot be read by this version'
-              WHERE consumer = $1 AND aggregate_type = $2 AND aggregate_id = $3",
-        ))
-        .bind(&*self.consumer)
-        .bind(aggregate_type)
-        .bind(aggregate_id)
-        .bind(event_id)
-        .execute(&mut **transaction)
-        .await?;
-        Ok(())
+        .bind(types)
+        .bind(ids)
+        .fetch_all(&mut **transaction)
+        .await
     }
 
     /// How many keys are held in each state, and how many events are parked in all.

@@ -13,7 +13,7 @@ WITH letters AS (
            -- The schedule begins anew.
            origin_timestamp_ms, 0, partition, record_key, record_value, header_names, header_values, $3
       FROM letters
-    ON CONFLICT (consumer, event_id) DO UPDATE SET skip = excluded.skip
+    ON CONFLICT (consumer, event_id) DO UPDATE SET skip = excluded.skip, failed = false
     RETURNING aggregate_type, aggregate_id, (xmax = 0) AS added
 ), keys AS (
     SELECT aggregate_type, aggregate_id, count(*) FILTER (WHERE added) AS added

@@ -9,5 +9,6 @@ mod flood;
 mod ordering;
 mod rate;
 mod redirects;
+mod release;
 mod stage;
 mod triage;

@@ -7,12 +7,12 @@ use crate::stage::{EFFECT, LOCKED, Stage, event, events, until};
 
 const LIMIT: f64 = 1_000.0;
 
-fn limit(rate: u32) -> Rate {
+pub(crate) fn limit(rate: u32) -> Rate {
     Rate::PerSecond(rate.try_into().unwrap())
 }
 
 /// The most events that any window of one second holds, by the times of their commits.
-async fn busiest_second(stage: &Stage) -> i64 {
+pub(crate) async fn busiest_second(stage: &Stage) -> i64 {
     stage
         .number(
             "SELECT max(n) FROM (SELECT count(*) OVER

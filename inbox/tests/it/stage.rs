@@ -67,6 +67,8 @@ pub(crate) const GATED: &str = "Gated";
 pub(crate) const STRICT: &str = "Strict";
 /// Never, and its key goes on.
 pub(crate) const RELEASES: &str = "Releases";
+/// Never, and it cannot be passed over either.
+pub(crate) const STAYS: &str = "Stays";
 /// Not taken by the handler.
 pub(crate) const FOREIGN: &str = "Foreign";
 
@@ -79,11 +81,18 @@ pub(crate) struct Notes {
     pub(crate) broken: Arc<AtomicBool>,
     /// Calls of the handler.
     pub(crate) calls: Arc<AtomicUsize>,
+    passed_over: Arc<Mutex<Vec<Uuid>>>,
 }
 
 impl Notes {
     pub(crate) fn attempts(&self, id: Uuid) -> Vec<Instant> {
         self.seen.lock().unwrap().get(&id).cloned().unwrap_or_default()
+    }
+
+    /// How often the handler was asked to pass over an event.
+    pub(crate) fn passed_over(&self, id: Uuid) -> usize {
+        let passed_over = self.passed_over.lock().unwrap();
+        passed_over.iter().filter(|other| **other == id).count()
     }
 
     /// Whether the event before this one has taken effect.
@@ -151,7 +160,7 @@ impl Handler for Notes {
                 }
                 NOT_YET => Outcome::Retry(Reason::new("not_yet", "what it needs is not there")),
                 SECOND_TIME if attempt == 1 => Outcome::Retry(Reason::new("not_yet", "what it needs is not there")),
-                NEVER => Outcome::DeadLetter(Reason::new("never", "it contradicts the records")),
+                NEVER | STAYS => Outcome::DeadLetter(Reason::new("never", "it contradicts the records")),
                 PANIC => panic!("a defect of the handler"),
                 script => {
                     if script == SQL_ERROR {
@@ -189,6 +198,14 @@ impl Handler for Notes {
         .await?;
         Ok(outcomes)
     }
+
+    async fn pass_over(&self, _: &mut PgTransaction<'_>, event: &IncomingEvent) -> Result<(), HandlerError> {
+        self.passed_over.lock().unwrap().push(event.envelope.id);
+        if event.envelope.event_type == STAYS {
+            return Err(HandlerError::Other("it stays".into()));
+        }
+        Ok(())
+    }
 }
 
 pub(crate) struct Stage {
@@ -198,6 +215,7 @@ pub(crate) struct Stage {
     pub(crate) notes: Notes,
     pub(crate) schedule: Schedule,
     pub(crate) rate: Rate,
+    pub(crate) redrive_rate: Rate,
     pub(crate) pace: Option<Pace>,
     pub(crate) membership: Membership,
     pub(crate) transaction_limit: Duration,
@@ -297,6 +315,7 @@ impl Stage {
             notes: Notes::default(),
             schedule: Schedule::new(delays.to_vec()),
             rate: Rate::Unlimited,
+            redrive_rate: Rate::Unlimited,
             pace: None,
             membership: Membership::default(),
             transaction_limit: DEADLINE,
@@ -329,7 +348,7 @@ impl Stage {
             max_transactions: 6,
             rate_limit: self.rate,
             retry_rate_limit: Rate::Unlimited,
-            redrive_rate_limit: Rate::Unlimited,
+            redrive_rate_limit: self.redrive_rate,
             pace: self.pace,
             membership: self.membership.clone(),
             unknown_types: self.unknown_types,
