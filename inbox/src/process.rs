@@ -171,12 +171,10 @@ impl<H: Handler> Process<H> {
         self.write(&mut transaction, batch, &settlement, &held).await?;
         let releasing = self.table.settle(&mut transaction, &settlement.settled).await;
         let releasing = releasing.map_err(BatchError::Inbox)?;
-        if !settlement.settled.is_empty() {
-            // The event that held a key may have been dead once.
-            let held_by = |key| Some(held.get(key)?.event_id);
-            let ids: Vec<Uuid> = settlement.settled.iter().filter_map(held_by).collect();
-            self.resolve_applied(&mut transaction, batch, &settlement, &ids).await?;
-        }
+        // The event that held a key may have been dead once.
+        let held_by = |key| Some(held.get(key)?.event_id);
+        let ids: Vec<Uuid> = settlement.settled.iter().filter_map(held_by).collect();
+        self.resolve_applied(&mut transaction, batch, &settlement, &ids).await?;
         self.commit(transaction).await?;
         if releasing {
             self.releasing.notify_one();
@@ -184,7 +182,8 @@ impl<H: Handler> Process<H> {
         Ok(Ok(settlement.verdicts))
     }
 
-    /// Those of `ids` that took effect here are no open dead letters any more.
+    /// Those of `ids` that took effect here are no dead letters any more, nor are those that were tried before: one that
+    /// is redriven may come out of a retry topic with no key held for it.
     async fn resolve_applied(
         &self,
         transaction: &mut PgTransaction<'_>,
@@ -196,9 +195,10 @@ impl<H: Handler> Process<H> {
             .events
             .iter()
             .zip(&settlement.verdicts)
-            .filter(|(_, verdict)| !matches!(verdict, Verdict::Failed { .. } | Verdict::Parked))
-            .map(|(event, _)| event.envelope.id)
-            .filter(|id| ids.contains(id))
+            .zip(batch.histories)
+            .filter(|((_, verdict), _)| !matches!(verdict, Verdict::Failed { .. } | Verdict::Parked))
+            .filter(|((event, _), history)| history.attempts > 0 || ids.contains(&event.envelope.id))
+            .map(|((event, _), _)| event.envelope.id)
             .collect();
         self.table
             .resolve(transaction, &settled)

@@ -7,7 +7,7 @@ use inbox::{
 use shared_events::Envelope;
 use uuid::Uuid;
 
-use crate::stage::{ANN, EFFECT, GATED, NEVER, Running, Stage, event, events, until};
+use crate::stage::{ANN, EFFECT, FLAKY, GATED, NEVER, Running, Stage, event, events, until};
 
 async fn state(operator: &Operator, id: Uuid) -> (String, i32) {
     let letter = operator.letter(id).await.unwrap().unwrap();
@@ -227,6 +227,30 @@ async fn without_order_per_key_a_redriven_letter_leaves_nothing_behind() {
     .await;
     engine.stop().await;
     assert_eq!(stage.number("SELECT count(*) FROM t.inbox").await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_order_per_key_a_redrive_ends_when_its_letters_take_effect_out_of_a_tier() {
+    let mut stage = Stage::new(&[Duration::from_millis(100)]).await;
+    stage.ordering = inbox::Ordering::None;
+    let operator = stage.operator();
+    let engine = stage.engine().await;
+    // Twice, and dead; once more on its way through again.
+    let bad: Vec<_> = (1..=3).map(|n| event(&format!("{FLAKY}3"), "a", n)).collect();
+    stage.send_events(&bad).await;
+    let open = LetterFilter::default();
+    until("the dead letters", async || {
+        operator.select(&open, 10).await.unwrap().len() == 3
+    })
+    .await;
+    let job = operator.begin_job(&open, "{}", PLAN, ANN).await.unwrap().unwrap();
+    let done = ended(&operator, job).await;
+    assert_eq!((&*done.state, done.sent, done.took_effect), ("succeeded", 3, 3));
+    engine.stop().await;
+    assert_eq!(stage.effects().await, 3);
+    for letter in bad {
+        assert_eq!(state(&operator, letter.id).await, ("resolved".to_owned(), 1));
+    }
 }
 
 const PLAN: Plan = Plan {
