@@ -116,7 +116,9 @@ pub enum EngineError {
     ReleaserDied,
     #[error("the poll thread could not be started")]
     PollThread(#[source] std::io::Error),
-    #[error("the consumer did not leave its group within {0:?}; the broker will notice by its session timeout")]
+    #[error(
+        "the consumer did not end its work and leave its group within {0:?}; the broker will notice by its session timeout"
+    )]
     LeaveTimeout(Duration),
 }
 
@@ -205,22 +207,22 @@ impl<H: Handler> Engine<H> {
 
         let stop_releasing = stop.child_token();
         let releasing = tokio::spawn(releaser.run(stop_releasing.clone()));
-        let _ends_with_us = stop_releasing.drop_guard();
-        let watching = watch.run();
-        let releaser_died = async {
-            match releasing.await {
-                Err(_) => EngineError::ReleaserDied,
-                Ok(()) => std::future::pending().await,
-            }
+        let _ends_with_us = stop_releasing.clone().drop_guard();
+        let polling = async {
+            let result = end.await.unwrap_or(Err(EngineError::PollThreadDied));
+            stop_releasing.cancel();
+            Ok(result)
         };
+        // The releaser owns transactions: the pool is not to be closed under it.
+        let releasing = async { releasing.await.map_err(|_| EngineError::ReleaserDied) };
+        let watching = watch.run();
         let deadline = async {
             stop.cancelled().await;
             tokio::time::sleep(LEAVE).await;
         };
         tokio::select! {
-            result = end => result.unwrap_or(Err(EngineError::PollThreadDied)),
+            ended = futures_util::future::try_join(polling, releasing) => ended.and_then(|(result, ())| result),
             () = deadline => Err(EngineError::LeaveTimeout(LEAVE)),
-            error = releaser_died => Err(error),
             never = watching => match never {},
         }
     }
@@ -340,7 +342,7 @@ impl<H: Handler> Engine<H> {
     }
 }
 
-/// The poll thread's drain (5 s) and the farewell to the broker together.
+/// The poll thread's drain (5 s), the farewell to the broker and the releaser's last transaction together.
 const LEAVE: Duration = Duration::from_secs(15);
 const TOPIC_GRACE: Duration = Duration::from_secs(5);
 const METADATA_TIMEOUT: Duration = Duration::from_secs(5);

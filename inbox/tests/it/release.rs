@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::{
     rate::{busiest_second, limit},
-    stage::{ANN, EFFECT, GATED, LOCKED, NEVER, Running, STAYS, Stage, event, until},
+    stage::{ANN, CRAWLING, EFFECT, GATED, LOCKED, NEVER, Running, STAYS, Stage, event, until},
 };
 
 /// For each key a dead letter, and `behind` parked behind it.
@@ -168,6 +168,18 @@ async fn g5_a_parked_event_that_cannot_be_read_becomes_a_letter() {
     until("the key to go on", async || stage.held("a").await.is_none()).await;
     engine.stop().await;
     assert_eq!(stage.sequences("a").await, [1, 3]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn g10_a_stop_waits_for_what_is_on_its_way_out() {
+    let stage = Stage::new(&[]).await;
+    let slow = event(CRAWLING, "a", 2);
+    let (letters, engine) = dead(&stage, &[("a", &[&slow])]).await;
+    stage.operator().decide(&letters, Decision::Redrive, ANN).await.unwrap();
+    until("its try", async || !stage.notes.attempts(slow.id).is_empty()).await;
+    engine.stop().await;
+    assert_eq!(stage.sequences("a").await, [1, 2]);
+    assert_eq!(stage.held("a").await, None);
 }
 
 /// A hundred thousand letters of as many keys in the full run.

@@ -57,6 +57,8 @@ pub(crate) const SQL_ERROR: &str = "SqlError";
 pub(crate) const PANIC: &str = "Panic";
 /// Holds its batch's transaction open for a while.
 pub(crate) const SLOW: &str = "Slow";
+/// Holds it for seconds.
+pub(crate) const CRAWLING: &str = "Crawling";
 /// Waits for a lock that nobody gives up: the platform's fault, for ever.
 pub(crate) const LOCKED: &str = "Locked";
 /// Not yet as often as the number behind it says, then fine: `Flaky:2`.
@@ -172,6 +174,9 @@ impl Handler for Notes {
                         sqlx::query("DO $$BEGIN RAISE 'locked' USING ERRCODE = '55P03'; END$$")
                             .execute(&mut **transaction)
                             .await?;
+                    }
+                    if script == CRAWLING {
+                        sqlx::query("SELECT pg_sleep(3)").execute(&mut **transaction).await?;
                     }
                     if script == SLOW && effects.is_empty() {
                         sqlx::query("SELECT pg_sleep(0.4)").execute(&mut **transaction).await?;
