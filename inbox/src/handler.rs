@@ -5,8 +5,7 @@ use sqlx::PgTransaction;
 
 /// What a service does with the events of a topic.
 pub trait Handler: Send + Sync + 'static {
-    /// Whether this event is for [`Handler::apply`]; the rest is skipped or dead-lettered by policy, before any
-    /// transaction. A handler that counts an aggregate's sequence takes all of its events, also those of types that mean
+    /// Whether this event is for [`Handler::apply`]; the rest is skipped, before any transaction, or dead-lettered by policy. A handler that counts an aggregate's sequence takes all of its events, also those of types that mean
     /// nothing to it. Keep it cheap.
     fn takes(&self, envelope: &Envelope) -> bool;
 

@@ -26,7 +26,6 @@ pub(crate) struct Workers<H> {
     pub(crate) process: Arc<Process<H>>,
     pub(crate) group: String,
     pub(crate) batch_limit: usize,
-    pub(crate) unknown_types: UnknownTypes,
     pub(crate) join_trace: fn(&Span, &str),
     /// How many transactions may be open at once, over all partitions.
     pub(crate) transactions: Arc<Semaphore>,
@@ -148,10 +147,12 @@ impl<H: Handler> Workers<H> {
             self.metrics.consumed(record.timestamp_ms);
             let verdict = match decode::decode(record.value.as_deref()) {
                 Err(rejection) => dead_letter(rejection),
-                Ok(envelope) if !self.process.handler.takes(&envelope) => match self.unknown_types {
-                    UnknownTypes::Skip => Verdict::Skipped,
-                    UnknownTypes::DeadLetter => dead_letter(shared_events::Rejection::UnknownType(envelope.event_type)),
-                },
+                // One that is to be a dead letter holds its key like any other: its transaction decides.
+                Ok(envelope)
+                    if self.process.unknown_types == UnknownTypes::Skip && !self.process.handler.takes(&envelope) =>
+                {
+                    Verdict::Skipped
+                }
                 Ok(envelope) => {
                     in_hand.places.push(place);
                     in_hand.events.push(IncomingEvent {
@@ -319,7 +320,7 @@ impl<H: Handler> Workers<H> {
         }
     }
 
-    /// Notes the dead letters that no transaction has noted: they are no events, or not for this service.
+    /// Notes the dead letters that no transaction has noted: they are no events.
     async fn bury(&self, lane: &Lane, in_hand: &InHand) -> Result<(), Cancelled> {
         let mut events = in_hand.places.iter().peekable();
         let mut failed = Vec::new();

@@ -10,12 +10,14 @@ use std::{
 };
 
 use futures_util::FutureExt;
+use shared_events::Rejection;
 use sqlx::{Connection, PgConnection, PgPool, PgTransaction};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::{
     decode::History,
+    engine::UnknownTypes,
     handler::{Handler, HandlerError, IncomingEvent, Outcome},
     ordering::{HeldKeys, Ordering, OutOfOrder, Settlement, Turn, Verdict, settle, turns},
     pace::Commits,
@@ -81,6 +83,7 @@ pub(crate) struct Process<H> {
     pub(crate) pool: PgPool,
     pub(crate) table: Table,
     pub(crate) handler: H,
+    pub(crate) unknown_types: UnknownTypes,
     pub(crate) ordering: Ordering,
     pub(crate) schedule: Schedule,
     pub(crate) transaction_limit: Duration,
@@ -206,7 +209,7 @@ impl<H: Handler> Process<H> {
             .map_err(BatchError::Inbox)
     }
 
-    /// Keeps the records that could not be read, or are of a type that is not to be passed over, before they leave.
+    /// Keeps the records that could not be read, before they leave.
     pub(crate) async fn bury(&self, failed: &[Failed<'_>]) -> Result<(), BatchError> {
         let mut connection = self.pool.acquire().await.map_err(BatchError::Begin)?;
         let buried = tokio::time::timeout(self.transaction_limit, async {
@@ -249,12 +252,39 @@ impl<H: Handler> Process<H> {
         self.apply(transaction, &tried).await
     }
 
-    /// The handler's answers.
+    /// What becomes of events: the handler's answers, and the policy's for those that it does not take.
     pub(crate) async fn apply(
         &self,
         transaction: &mut PgTransaction<'_>,
         events: &[IncomingEvent],
     ) -> Result<Vec<Outcome>, BatchError> {
+        let takes: Vec<bool> = events.iter().map(|event| self.handler.takes(&event.envelope)).collect();
+        if takes.iter().all(|takes| *takes) {
+            return self.ask_handler(transaction, events).await;
+        }
+        let taken = events.iter().zip(&takes).filter(|(_, takes)| **takes);
+        let taken: Vec<IncomingEvent> = taken.map(|(event, _)| event.clone()).collect();
+        let mut answers = self.ask_handler(transaction, &taken).await?.into_iter();
+        let outcome = |(event, takes): (&IncomingEvent, &bool)| {
+            let answer = if *takes { answers.next() } else { None };
+            answer.unwrap_or_else(|| match self.unknown_types {
+                UnknownTypes::Skip => Outcome::Skipped,
+                UnknownTypes::DeadLetter => {
+                    Outcome::DeadLetter(Rejection::UnknownType(event.envelope.event_type.clone()).into())
+                }
+            })
+        };
+        Ok(events.iter().zip(&takes).map(outcome).collect())
+    }
+
+    async fn ask_handler(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        events: &[IncomingEvent],
+    ) -> Result<Vec<Outcome>, BatchError> {
+        if events.is_empty() {
+            return Ok(Vec::new());
+        }
         // After a panic nothing of the transaction is used: it is dropped and rolled back.
         let outcomes = AssertUnwindSafe(self.handler.apply(transaction, events))
             .catch_unwind()

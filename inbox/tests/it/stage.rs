@@ -84,6 +84,8 @@ pub(crate) struct Notes {
     /// Calls of the handler.
     pub(crate) calls: Arc<AtomicUsize>,
     passed_over: Arc<Mutex<Vec<Uuid>>>,
+    /// It takes every type.
+    pub(crate) upgraded: Arc<AtomicBool>,
 }
 
 impl Notes {
@@ -123,7 +125,7 @@ impl Notes {
 
 impl Handler for Notes {
     fn takes(&self, envelope: &Envelope) -> bool {
-        envelope.event_type != FOREIGN
+        envelope.event_type != FOREIGN || self.upgraded.load(atomic::Ordering::Relaxed)
     }
 
     async fn apply(

@@ -1,13 +1,13 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use inbox::{
-    Operator,
+    Operator, UnknownTypes,
     operator::{Decision, Job, LetterFilter, Plan},
 };
 use shared_events::Envelope;
 use uuid::Uuid;
 
-use crate::stage::{ANN, EFFECT, FLAKY, GATED, NEVER, Running, Stage, event, events, until};
+use crate::stage::{ANN, EFFECT, FLAKY, FOREIGN, GATED, NEVER, Running, Stage, event, events, until};
 
 async fn state(operator: &Operator, id: Uuid) -> (String, i32) {
     let letter = operator.letter(id).await.unwrap().unwrap();
@@ -187,6 +187,32 @@ async fn letters_are_found_by_what_they_have_in_common() {
     seen.sort();
     seen.dedup();
     assert_eq!(seen.len(), 45);
+    engine.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_of_an_unknown_type_holds_its_key_until_it_is_skipped_or_understood() {
+    let mut stage = Stage::new(&[]).await;
+    stage.unknown_types = UnknownTypes::DeadLetter;
+    let operator = stage.operator();
+    let engine = stage.engine().await;
+    let foreign = ["skipped", "understood"].map(|key| event(FOREIGN, key, 2));
+    for bad in &foreign {
+        let key = &bad.aggregate_id;
+        stage
+            .send_events(&[event(EFFECT, key, 1), bad.clone(), event(EFFECT, key, 3)])
+            .await;
+        until("the key to be held", async || {
+            stage.held(key).await == Some(("dead".to_owned(), 1))
+        })
+        .await;
+        assert_eq!(operator.open(&[bad.id]).await.unwrap(), [bad.id]);
+    }
+    operator.decide(&[foreign[0].id], Decision::Skip, ANN).await.unwrap();
+    until("the skipped one", async || stage.sequences("skipped").await == [1, 3]).await;
+    stage.notes.upgraded.store(true, Ordering::Relaxed);
+    operator.decide(&[foreign[1].id], Decision::Redrive, ANN).await.unwrap();
+    until("the other", async || stage.sequences("understood").await == [1, 2, 3]).await;
     engine.stop().await;
 }
 
