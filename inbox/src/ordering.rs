@@ -22,8 +22,8 @@ pub enum Ordering {
 pub struct Parking {
     /// Most events parked behind one key. One more stops its partition until the key is settled.
     pub most_per_key: u32,
-    /// Most events parked in all; one more stops the partition that brings it. Watched once a second, so it may be passed
-    /// by what arrives in between.
+    /// Most events parked in all; one more stops the partition that brings it, behind those of its batch that need not wait.
+    /// Watched once a second, so it may be passed by what arrives in between.
     pub most_in_all: u32,
     /// The event types whose dead letters let their key go on. All others hold it until a person has settled them.
     pub released_by: HashSet<String>,

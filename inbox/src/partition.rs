@@ -199,6 +199,9 @@ impl<H: Handler> Workers<H> {
     /// Gives every event its verdict. A batch that fails as a whole, and not by the platform's fault, is halved again and
     /// again, in order, until the events at fault stand alone: one in a batch of 500 costs some 18 transactions. The
     /// permit is kept until the last one.
+    ///
+    /// One for which there is no room to wait is put off, and so is what comes after it of its key: the rest of the batch may
+    /// be what settles the keys that fill the table.
     async fn apply(&self, lane: &Lane, leave: &mut Leave, in_hand: &mut InHand) -> Result<(), Cancelled> {
         let of_places = |place: &usize| &in_hand.records[*place];
         let records: Vec<&Record> = in_hand.places.iter().map(of_places).collect();
@@ -212,36 +215,65 @@ impl<H: Handler> Workers<H> {
             records: &records,
             histories: &histories,
         };
-        let mut verdicts = Vec::with_capacity(in_hand.events.len());
+        let mut verdicts = vec![None; in_hand.events.len()];
+        let mut put_off: Vec<usize> = Vec::new();
+        let mut full = String::new();
+        let mut backoff = Backoff::new();
         let whole = 0..in_hand.events.len();
         let mut parts: Vec<Range<usize>> = Vec::from([whole]);
-        while let Some(part) = parts.pop() {
+        loop {
+            let Some(part) = parts.pop() else {
+                if put_off.is_empty() {
+                    break;
+                }
+                leave.permit = None;
+                self.status.stuck(lane, std::mem::take(&mut full));
+                self.wait(lane, &mut backoff).await?;
+                parts.extend(put_off.drain(..).rev().map(|place| place..place + 1));
+                continue;
+            };
             if part.is_empty() {
+                continue;
+            }
+            let halves = |part: &Range<usize>| {
+                let middle = part.start + part.len() / 2;
+                [middle..part.end, part.start..middle]
+            };
+            if part.clone().any(|place| follows(batch.events, place, &put_off)) {
+                if part.len() > 1 {
+                    parts.extend(halves(&part));
+                } else {
+                    put_off.push(part.start);
+                }
                 continue;
             }
             let error = match self.apply_together(lane, leave, batch.part(part.clone()), None).await? {
                 Ok(judged) => {
-                    verdicts.extend(judged);
+                    for (place, verdict) in part.zip(judged) {
+                        verdicts[place] = Some(verdict);
+                    }
                     continue;
                 }
                 Err(error) => error,
             };
             if part.len() > 1 {
                 tracing::debug!(topic = &*lane.topic, partition = lane.partition, events = part.len(), %error, "halved");
-                let middle = part.start + part.len() / 2;
-                parts.push(middle..part.end);
-                parts.push(part.start..middle);
+                parts.extend(halves(&part));
+                continue;
+            }
+            if let BatchError::KeyFull { .. } | BatchError::TableFull(_) = error {
+                full = error.to_string();
+                put_off.push(part.start);
                 continue;
             }
             // Its transaction is gone. That its key waits is noted in another one, before anything leaves.
             let outcome = failed(&error);
-            let mut backoff = Backoff::new();
             loop {
                 match self
                     .apply_together(lane, leave, batch.part(part.clone()), Some(&outcome))
                     .await?
                 {
-                    Ok(judged) => break verdicts.extend(judged),
+                    Ok(judged) => break verdicts[part.start] = judged.into_iter().next(),
                     Err(error) => {
                         self.status
                             .stuck(lane, format!("a failure could not be noted: {error}"));
@@ -251,12 +283,15 @@ impl<H: Handler> Workers<H> {
             }
         }
         for (place, verdict) in in_hand.places.iter().zip(verdicts) {
-            in_hand.verdicts[*place] = verdict;
+            if let Some(verdict) = verdict {
+                in_hand.verdicts[*place] = verdict;
+            }
         }
         Ok(())
     }
 
-    /// One transaction, repeated until the platform lets it succeed or fail for another reason.
+    /// One transaction, repeated until the platform lets it succeed or fail for another reason; or there is no room for what
+    /// has to wait.
     async fn apply_together(
         &self,
         lane: &Lane,
@@ -276,11 +311,7 @@ impl<H: Handler> Workers<H> {
                 result
             };
             match result {
-                Err(error @ (BatchError::KeyFull { .. } | BatchError::TableFull(_))) => {
-                    leave.permit = None;
-                    self.status.stuck(lane, error.to_string());
-                    self.wait(lane, &mut backoff).await?;
-                }
+                Err(error @ (BatchError::KeyFull { .. } | BatchError::TableFull(_))) => return Ok(Err(error)),
                 Err(error) if classify(&error) == Class::Platform => {
                     leave.permit = None;
                     self.pause(lane, error.to_string(), &mut backoff).await?;
@@ -412,6 +443,15 @@ impl<H: Handler> Workers<H> {
             () = tokio::time::sleep(backoff.pause(random_unit())) => Ok(()),
         }
     }
+}
+
+/// Whether an event comes after one of its key that is put off.
+fn follows(events: &[IncomingEvent], place: usize, put_off: &[usize]) -> bool {
+    let envelope = &events[place].envelope;
+    put_off.iter().map(|place| &events[*place].envelope).any(|earlier| {
+        (&earlier.aggregate_id, &earlier.aggregate_type) == (&envelope.aggregate_id, &envelope.aggregate_type)
+            && earlier.sequence <= envelope.sequence
+    })
 }
 
 fn dead_letter(rejection: shared_events::Rejection) -> Verdict {

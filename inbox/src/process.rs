@@ -380,6 +380,10 @@ impl<H: Handler> Process<H> {
             })
             .collect();
         let counts = self.table.park(transaction, &parked).await.map_err(BatchError::Inbox)?;
+        let in_all = self.parked.load(atomic::Ordering::Relaxed);
+        if !parked.is_empty() && in_all >= i64::from(limits.most_in_all) {
+            return Err(BatchError::TableFull(limits.most_in_all));
+        }
         // A key that is only just held may pass the bound by this batch: refused, it could never be seen and settled.
         let held_before = counts.into_iter().filter(|(key, _)| held.contains_key(key));
         let fullest = held_before.max_by_key(|(_, parked)| *parked);
@@ -390,10 +394,6 @@ impl<H: Handler> Process<H> {
                     aggregate_id,
                     most: limits.most_per_key,
                 });
-            }
-            let in_all = self.parked.load(atomic::Ordering::Relaxed);
-            if in_all >= i64::from(limits.most_in_all) {
-                return Err(BatchError::TableFull(limits.most_in_all));
             }
         }
         Ok(())

@@ -5,7 +5,8 @@ use shared_events::{Envelope, headers};
 use tokio::time::Instant;
 
 use crate::stage::{
-    EFFECT, FLAKY, GATED, NEVER, PANIC, RELEASES, SECOND_TIME, SQL_ERROR, STRICT, Stage, event, events, until, until_or,
+    EFFECT, FLAKY, GATED, NEVER, PANIC, RELEASES, SECOND_TIME, SLOW, SQL_ERROR, STRICT, Stage, event, events, until,
+    until_or,
 };
 
 const SHORT: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(200)];
@@ -161,6 +162,55 @@ async fn a_key_with_too_many_parked_stops_its_partition_and_says_so() {
     .await;
     engine.stop().await;
     stage.assert_once_and_in_order(30).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_the_bound_in_all_what_settles_a_key_passes_what_has_to_wait() {
+    let mut stage = Stage::new(&[]).await;
+    stage.ordering = Ordering::PerKey(Parking {
+        most_per_key: 1_000,
+        most_in_all: 5,
+        released_by: [].into(),
+    });
+    let send = async |envelope: &Envelope, partition: i32| {
+        let (key, value) = (envelope.aggregate_id.as_bytes(), envelope.encode().unwrap());
+        stage
+            .send(Some(key), Some(value.as_bytes()), Some(partition), &[])
+            .await;
+    };
+    // They come together, before they are counted.
+    for n in 0..8 {
+        send(&event(STRICT, &format!("key-{n}"), 2), 0).await;
+    }
+    let engine = stage.engine().await;
+    until("more than the bound", async || {
+        stage.number("SELECT count(*) FROM t.parked_events").await == 8
+    })
+    .await;
+    engine.stop().await;
+
+    // In one batch, behind a slow one: the first of a new key has to wait, and would hold up what settles another one.
+    send(&event(SLOW, "slow", 1), 1).await;
+    let late = event(STRICT, "late", 2);
+    send(&late, 1).await;
+    send(&event(STRICT, "late", 3), 1).await;
+    send(&event(STRICT, "key-0", 1), 1).await;
+    let engine = stage.engine().await;
+    until("the settled key", async || stage.sequences("key-0").await == [1, 2]).await;
+    until("the stop", async || {
+        let paused = engine.status.snapshot().paused;
+        paused.is_some_and(|reason| reason.contains("5 events are parked"))
+    })
+    .await;
+    assert_eq!(stage.held("late").await, None);
+    for n in 1..8 {
+        send(&event(STRICT, &format!("key-{n}"), 1), 2).await;
+    }
+    send(&event(STRICT, "late", 1), 3).await;
+    until("all of them", async || stage.effects().await == 8 * 2 + 4).await;
+    engine.stop().await;
+    stage.assert_once_and_in_order(8 * 2 + 4).await;
+    assert_eq!(stage.number("SELECT count(*) FROM t.held_keys").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
