@@ -52,8 +52,13 @@ impl Handler for ApplyShipment {
         Ok(apply(transaction, &envelopes).await?)
     }
 
-    /// The shipment's sequence moves past it. One that is not the shipment's next, or its first, changes nothing: what
-    /// comes behind it stays early until someone decides.
+    /// Without its first event a shipment is unknown for ever.
+    fn can_pass_over(event_type: &str) -> bool {
+        event_type != ShipmentCreated::TYPE
+    }
+
+    /// The shipment's sequence moves past it. One that is not the shipment's next changes nothing: what comes behind it stays
+    /// early until someone decides.
     async fn pass_over(&self, transaction: &mut PgTransaction<'_>, event: &IncomingEvent) -> Result<(), HandlerError> {
         let known = shipments::lock(transaction, &[event.envelope.aggregate_id.as_str()]).await?;
         if let Ok(Some(moved)) = pass_over(known.first(), &event.envelope) {

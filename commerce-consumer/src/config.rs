@@ -296,10 +296,14 @@ impl FromStr for EventTypes {
             return Ok(Self(HashSet::new()));
         }
         let known = |name: &str| {
-            if KNOWN_TYPES.contains(&name) {
-                Ok(name.to_owned())
-            } else {
+            if !KNOWN_TYPES.contains(&name) {
                 Err(format!("{name:?} is not one of {}", KNOWN_TYPES.join(", ")))
+            } else if !ApplyShipment::can_pass_over(name) {
+                Err(format!(
+                    "{name:?} cannot be left out: the rest of its shipment builds on it"
+                ))
+            } else {
+                Ok(name.to_owned())
             }
         };
         text.split(',')

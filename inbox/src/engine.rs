@@ -166,7 +166,7 @@ impl<H: Handler> Engine<H> {
 
     /// Works without the engine too, on the same tables.
     pub fn operator(&self, pool: PgPool) -> Operator {
-        Operator::new(self.table.clone(), pool)
+        Operator::of_handler::<H>(self.table.clone(), pool)
     }
 
     pub fn status(&self) -> Status {

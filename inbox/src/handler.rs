@@ -24,6 +24,13 @@ pub trait Handler: Send + Sync + 'static {
         events: &[IncomingEvent],
     ) -> impl Future<Output = Result<Vec<Outcome>, HandlerError>> + Send;
 
+    /// Whether events of this type can be left out at all. For one that cannot, nothing behind it could ever take effect: a
+    /// person's wish to skip it is refused, and such a type must not stand in [`crate::Parking::released_by`].
+    fn can_pass_over(event_type: &str) -> bool {
+        let _ = event_type;
+        true
+    }
+
     /// The event will not take effect any more and its key goes on: whatever counts an aggregate's sequence moves past
     /// it. Called inside the transaction that notes the decision; by default nothing has to be done.
     ///

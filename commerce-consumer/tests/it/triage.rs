@@ -189,6 +189,36 @@ async fn a_skipped_letter_lets_its_shipment_go_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_first_event_of_a_shipment_cannot_be_skipped() {
+    let stage = Stage::with_sample().await;
+    let consuming = Consuming::start(&stage, "none").await;
+    let desk = Desk::of(&stage, &consuming);
+    // Nothing ordered it.
+    let created = Parcel::new("1", "10248", &[("no such thing", 1)]).created();
+    consuming.send(&created).await;
+    until("the letter", async || {
+        stage
+            .number("SELECT count(*) FROM commerce.dead_letters WHERE state = 'open'")
+            .await
+            == 1
+    })
+    .await;
+    for dry_run in [true, false] {
+        let ask = json!({"type": "ShipmentCreated", "reason": "away with it", "dry_run": dry_run});
+        let (status, problem) = desk.post("/admin/dead-letters/skip", Some(OPERATOR_TOKEN), ask).await;
+        assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
+        assert!(problem.to_string().contains("cannot be skipped"), "{problem}");
+    }
+    consuming.stop().await;
+    assert_eq!(
+        stage
+            .number("SELECT count(*) FROM commerce.dead_letters WHERE state = 'open'")
+            .await,
+        1
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_may_not_decide_and_who_asks_wrongly_is_told_so_and_nothing_happens() {
     let stage = Stage::with_sample().await;
     let consuming = Consuming::start(&stage, "none").await;

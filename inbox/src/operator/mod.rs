@@ -11,6 +11,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
+    handler::Handler,
     ordering::KeyState,
     rate_limit::{Budget, Rate},
     table::{HeldKeysPage, Remembered, Table},
@@ -21,6 +22,7 @@ use crate::{
 pub struct Operator {
     table: Table,
     pool: PgPool,
+    can_skip: fn(&str) -> bool,
 }
 
 /// Who acts, and why.
@@ -186,7 +188,19 @@ use bind_filter;
 
 impl Operator {
     pub fn new(table: Table, pool: PgPool) -> Self {
-        Self { table, pool }
+        Self {
+            table,
+            pool,
+            can_skip: |_| true,
+        }
+    }
+
+    /// One that skips only what the handler can pass over.
+    pub fn of_handler<H: Handler>(table: Table, pool: PgPool) -> Self {
+        Self {
+            can_skip: H::can_pass_over,
+            ..Self::new(table, pool)
+        }
     }
 
     /// The keys that are held, in the order of type and id, after `after`.
@@ -329,14 +343,37 @@ impl Operator {
         .await
     }
 
+    /// Those of these letters that cannot be skipped, with their types: nothing behind them could take effect without them.
+    ///
+    /// # Errors
+    /// Any database error.
+    pub async fn unskippable(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, String)>, sqlx::Error> {
+        let mut letters: Vec<(Uuid, String)> = sqlx::query_as(self.table.sql(
+            "SELECT id, event_type FROM {schema}.dead_letters
+              WHERE consumer = $1 AND id = ANY($2) AND event_type IS NOT NULL ORDER BY id",
+        ))
+        .bind(self.table.consumer())
+        .bind(ids)
+        .fetch_all(&self.pool)
+        .await?;
+        letters.retain(|(_, event_type)| !(self.can_skip)(event_type));
+        Ok(letters)
+    }
+
     /// Sends open dead letters on their way, all of them or none, and returns the ids of those that went. One that is
-    /// not open any more, or is no event, is left out.
+    /// not open any more, is no event, or is to be skipped and cannot be, is left out.
     ///
     /// # Errors
     /// Any database error.
     pub async fn decide(&self, ids: &[Uuid], decision: Decision, actor: Actor<'_>) -> Result<Vec<Uuid>, sqlx::Error> {
+        let skip = decision == Decision::Skip;
+        let mut ids = ids.to_vec();
+        if skip {
+            let never = self.unskippable(&ids).await?;
+            ids.retain(|id| never.iter().all(|(other, _)| other != id));
+        }
         let mut transaction = self.pool.begin().await?;
-        let gone = self.let_go(&mut transaction, ids, decision == Decision::Skip).await?;
+        let gone = self.let_go(&mut transaction, &ids, skip).await?;
         if !gone.is_empty() {
             let target = serde_json::json!({ "letters": gone }).to_string();
             self.note(&mut transaction, decision.as_str(), &target, actor).await?;

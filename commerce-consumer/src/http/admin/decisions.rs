@@ -71,7 +71,8 @@ pub(in crate::http) async fn redrive(
 
 /// Let dead letters be: they never take effect, and their keys go on without them.
 ///
-/// What they would have changed stays undone; say in `reason` why that is right. At most 1,000 at once. `dry_run` is true
+/// What they would have changed stays undone; say in `reason` why that is right. A shipment's first event cannot be skipped:
+/// nothing of it could take effect any more. At most 1,000 at once. `dry_run` is true
 /// unless you say otherwise.
 #[utoipa::path(post, path = "/admin/dead-letters/skip", operation_id = "skipDeadLetters", tag = "operations",
     request_body = Decide,
@@ -99,6 +100,14 @@ async fn decide(
         Meant::Ids(ids) => admin.operator.open(&ids).await.map_err(database)?,
         Meant::Filter(filter) => admin.operator.select(&filter, MAX_DECIDED).await.map_err(database)?,
     };
+    if decision == Decision::Skip
+        && let Some((id, event_type)) = admin.operator.unskippable(&ids).await.map_err(database)?.first()
+    {
+        return Err(Problem::invalid_field(
+            "",
+            format!("means {id}, a {event_type}: the rest of its shipment builds on it, so that it cannot be skipped"),
+        ));
+    }
     let decided = if dry_run {
         Vec::new()
     } else {
