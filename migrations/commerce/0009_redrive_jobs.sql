@@ -3,7 +3,8 @@
 -- Promises
 --   * A letter belongs to at most one job that is not ended, and so does its key: no two jobs send letters of one key.
 --   * A letter is marked as sent in the transaction that lets it go, so a job that is interrupted anywhere goes on where it was.
---   * What became of each letter is told by the letter itself; a job stores no counts that could disagree.
+--   * What became of each letter is told by the letter itself, until a later job takes it over: one that a job let go and
+--     that died again counts for that job for ever.
 --   * A row is never deleted; a job's letters keep its id.
 
 CREATE TABLE commerce.redrive_jobs (
@@ -27,6 +28,8 @@ CREATE TABLE commerce.redrive_jobs (
     reason        text        NOT NULL,
     created_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
     stepped_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- Letters that it let go, that died again, and that a later job has taken over.
+    taken_over    bigint      NOT NULL DEFAULT 0,
     ended_at      timestamptz,
 
     CONSTRAINT redrive_jobs_pkey PRIMARY KEY (consumer, id),

@@ -70,6 +70,10 @@ const COUNTED: &str = "SELECT count(*) FILTER (WHERE letter.job_sent_at IS NOT N
     ON held.consumer = letter.consumer AND held.aggregate_type = letter.aggregate_type
        AND held.aggregate_id = letter.aggregate_id";
 
+/// A job's counts of [`COUNTED`], with those that a later job has taken over.
+const COUNTS: &str = "counted.sent + job.taken_over AS sent, counted.took_effect,
+    counted.died_again + job.taken_over AS died_again, counted.held_back, counted.on_their_way";
+
 /// Letters of keys that a job works on which is not ended.
 const BUSY: &str = "EXISTS (SELECT FROM {schema}.dead_letters AS other
       JOIN {schema}.redrive_jobs AS job ON job.consumer = other.consumer AND job.id = other.job AND job.ended_at IS NULL
@@ -115,15 +119,25 @@ impl Operator {
             .bind(self.table.consumer())
             .execute(&mut *transaction)
             .await?;
+        // The jobs that let them go before keep their counts.
         let sql = format!(
-            "UPDATE {{schema}}.dead_letters AS letter SET job = $10, job_sent_at = NULL
-              WHERE {MEANT} AND state = 'open' AND aggregate_id IS NOT NULL AND NOT {BUSY}"
+            "WITH meant AS (
+                 SELECT id, job, job_sent_at FROM {{schema}}.dead_letters AS letter
+                  WHERE {MEANT} AND state = 'open' AND aggregate_id IS NOT NULL AND NOT {BUSY} FOR UPDATE OF letter
+             ), taken AS (
+                 UPDATE {{schema}}.dead_letters AS letter SET job = $10, job_sent_at = NULL
+                   FROM meant WHERE letter.consumer = $1 AND letter.id = meant.id
+             ), before AS (
+                 UPDATE {{schema}}.redrive_jobs AS job SET taken_over = job.taken_over + died.letters
+                   FROM (SELECT job, count(*) AS letters FROM meant WHERE job_sent_at IS NOT NULL GROUP BY job) AS died
+                  WHERE job.consumer = $1 AND job.id = died.job
+             )
+             SELECT count(*) FROM meant"
         );
-        let taken = bind_filter!(sqlx::query(self.table.sql(&sql)), self.table.consumer(), filter)
+        let taken: i64 = bind_filter!(sqlx::query_scalar(self.table.sql(&sql)), self.table.consumer(), filter)
             .bind(id)
-            .execute(&mut *transaction)
-            .await?
-            .rows_affected();
+            .fetch_one(&mut *transaction)
+            .await?;
         if taken == 0 {
             transaction.rollback().await?;
             return Ok(None);
@@ -136,7 +150,7 @@ impl Operator {
         .bind(self.table.consumer())
         .bind(id)
         .bind(described)
-        .bind(i64::try_from(taken).unwrap_or(i64::MAX))
+        .bind(taken)
         .bind(i64::from(plan.canary.max(1)))
         .bind(i32::try_from(plan.rate.max(1)).unwrap_or(i32::MAX))
         .bind(i32::try_from(plan.abort_percent.min(100)).unwrap_or(100))
@@ -181,7 +195,7 @@ impl Operator {
     /// Any database error.
     pub async fn job(&self, id: Uuid) -> Result<Option<Job>, sqlx::Error> {
         let sql = format!(
-            "SELECT {JOB}, counted.* FROM {{schema}}.redrive_jobs AS job,
+            "SELECT {JOB}, {COUNTS} FROM {{schema}}.redrive_jobs AS job,
                     LATERAL ({COUNTED} WHERE letter.consumer = job.consumer AND letter.job = job.id) AS counted
               WHERE job.consumer = $1 AND job.id = $2"
         );
@@ -198,7 +212,7 @@ impl Operator {
     /// Any database error.
     pub async fn jobs(&self, before: Option<Uuid>, most: u32) -> Result<Vec<Job>, sqlx::Error> {
         let sql = format!(
-            "SELECT {JOB}, counted.*
+            "SELECT {JOB}, {COUNTS}
                FROM (SELECT * FROM {{schema}}.redrive_jobs
                       WHERE consumer = $1 AND ($2::uuid IS NULL OR id < $2) ORDER BY id DESC LIMIT $3) AS job,
                     LATERAL ({COUNTED} WHERE letter.consumer = job.consumer AND letter.job = job.id) AS counted

@@ -328,8 +328,8 @@ async fn a_redrive_stops_at_its_canary_while_nothing_is_repaired_and_runs_to_its
     let stage = Stage::new(&[]).await;
     let operator = stage.operator();
     let (all, engine) = dead(&stage, 150).await;
-    let job = begin(&operator).await.unwrap();
-    let failed = ended(&operator, job).await;
+    let first = begin(&operator).await.unwrap();
+    let failed = ended(&operator, first).await;
     assert_eq!((&*failed.state, failed.sent, failed.died_again), ("failed", 20, 20));
     assert!(failed.ended_because.unwrap().contains("20 of 20"));
     assert_eq!(stage.effects().await, 150, "the others have not moved");
@@ -340,6 +340,12 @@ async fn a_redrive_stops_at_its_canary_while_nothing_is_repaired_and_runs_to_its
     assert_eq!(
         (&*done.state, done.letters, done.sent, done.took_effect),
         ("succeeded", 150, 150, 150)
+    );
+    let failed = operator.job(first).await.unwrap().unwrap();
+    assert_eq!(
+        (failed.sent, failed.took_effect, failed.died_again),
+        (20, 0, 20),
+        "what the later one did is not its own"
     );
     until("what waited behind them", async || {
         stage.effects().await == all.len() as i64
