@@ -18,7 +18,7 @@ use crate::{
 const EXAMPLES: u32 = 3;
 
 /// Each query finds rows that must not be there.
-const CHECKS: [(&str, &str); 13] = [
+const CHECKS: [(&str, &str); 15] = [
     (
         "lost: committed, not applied",
         "SELECT * FROM logistics.outbox AS o
@@ -100,6 +100,9 @@ const CHECKS: [(&str, &str); 13] = [
         "SELECT * FROM commerce.order_timeline AS t
           WHERE NOT EXISTS (SELECT FROM logistics.outbox AS o WHERE o.id = t.event_id AND o.type <> 'ShipmentCreated')",
     ),
+    // Nothing dies where the ledger is used, so nothing may be left behind a letter either.
+    ("key still held", "SELECT * FROM commerce.held_keys"),
+    ("event still parked", "SELECT * FROM commerce.parked_events"),
 ];
 
 /// What was compared, and what was found.
@@ -184,16 +187,17 @@ impl fmt::Display for Ledger {
     }
 }
 
-/// Waits until every committed event has been applied and marked. Says how far it came when the deadline passes.
+/// Waits until every committed event has been applied and marked, and nothing is held or parked any more. Says how far it came when the deadline passes.
 ///
 /// # Errors
 /// If it never becomes quiet.
 pub async fn quiet(owner: &PgPool, deadline: Duration) -> anyhow::Result<()> {
-    let mut last = (0, 0, 0);
+    let mut last = (0, 0, 0, 0);
     let waited = wait_for("the pair to become quiet", deadline, async || {
         let row = sqlx::query(
             "SELECT (SELECT count(*) FROM logistics.outbox), (SELECT count(*) FROM commerce.inbox),
-                    (SELECT count(*) FROM logistics.outbox WHERE published_at IS NULL)",
+                    (SELECT count(*) FROM logistics.outbox WHERE published_at IS NULL),
+                    (SELECT count(*) FROM commerce.held_keys) + (SELECT count(*) FROM commerce.parked_events)",
         )
         .fetch_one(owner)
         .await?;
@@ -201,14 +205,15 @@ pub async fn quiet(owner: &PgPool, deadline: Duration) -> anyhow::Result<()> {
             row.try_get::<i64, _>(0)?,
             row.try_get::<i64, _>(1)?,
             row.try_get::<i64, _>(2)?,
+            row.try_get::<i64, _>(3)?,
         );
-        Ok(last.0 == last.1 && last.2 == 0)
+        Ok(last.0 == last.1 && (last.2, last.3) == (0, 0))
     });
     let result = waited.await;
     result.map_err(|error| {
         error.context(format!(
-            "committed {}, applied {}, not published {}",
-            last.0, last.1, last.2
+            "committed {}, applied {}, not published {}, held or parked {}",
+            last.0, last.1, last.2, last.3
         ))
     })
 }
