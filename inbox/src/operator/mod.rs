@@ -384,6 +384,17 @@ impl Operator {
 
     /// Parks these letters behind their keys and lets the keys go, as far as they are open; returns which they are.
     async fn let_go(&self, connection: &mut PgConnection, ids: &[Uuid], skip: bool) -> Result<Vec<Uuid>, sqlx::Error> {
+        // Held keys before letters, as worker and releaser do.
+        sqlx::query(self.table.sql(
+            "SELECT FROM {schema}.held_keys
+              WHERE consumer = $1 AND (aggregate_type, aggregate_id) IN
+                    (SELECT aggregate_type, aggregate_id FROM {schema}.dead_letters WHERE consumer = $1 AND id = ANY($2))
+              ORDER BY aggregate_type, aggregate_id FOR UPDATE",
+        ))
+        .bind(self.table.consumer())
+        .bind(ids)
+        .execute(&mut *connection)
+        .await?;
         sqlx::query(
             self.table
                 .sql("SELECT FROM {schema}.dead_letters WHERE consumer = $1 AND id = ANY($2) AND state = 'open' ORDER BY id FOR UPDATE"),
