@@ -5,7 +5,9 @@
 --   * A letter is marked as sent in the transaction that lets it go, so a job that is interrupted anywhere goes on where it was.
 --   * What became of each letter is told by the letter itself, until a later job takes it over: one that a job let go and
 --     that died again counts for that job for ever.
---   * A row is never deleted; a job's letters keep its id.
+--   * A row is never deleted; a job's letters keep its id until a later one takes them over.
+--   * A parked event is marked as failed in the transaction that notes its failure and, if it is dead, writes its letter; its
+--     record leaves afterwards. While it is marked, its failure is not noted again.
 
 CREATE TABLE commerce.redrive_jobs (
     consumer      text        NOT NULL,
