@@ -1,13 +1,13 @@
 use std::{collections::HashSet, net::SocketAddr, num::NonZeroU32, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use inbox::Rate;
+use inbox::{Handler, Rate};
 use service_runtime::{
     auth::AuthSettings, database::PoolSettings, http::HttpSettings, kafka::KafkaSettings, settings::Secret,
     supervise::ProcessSettings,
 };
 
-use crate::apply_shipment::KNOWN_TYPES;
+use crate::apply_shipment::{ApplyShipment, KNOWN_TYPES};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -376,6 +376,13 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_type_on_which_all_others_build_cannot_be_left_out() {
+        assert!("ShipmentHeld,ShipmentReleased".parse::<EventTypes>().is_ok());
+        let refused = "ShipmentHeld,ShipmentCreated".parse::<EventTypes>();
+        assert!(refused.is_err_and(|reason| reason.contains("cannot be left out")));
     }
 
     #[test]
