@@ -118,6 +118,29 @@ fn every_promise_names_its_tests_or_says_that_it_is_not_built() -> anyhow::Resul
     Ok(())
 }
 
+/// `docs/TRAPS.md`: a row is trap, defence, how it is taken out, test, what the test says then.
+#[test]
+fn every_trap_names_its_defence_and_its_test() -> anyhow::Result<()> {
+    let text = read("docs/TRAPS.md")?;
+    let rows: Vec<Vec<&str>> = text
+        .lines()
+        .filter(|line| line.starts_with('|'))
+        .skip(2)
+        .map(cells)
+        .collect();
+    assert!(rows.len() > 10, "only {} traps", rows.len());
+    for row in rows {
+        let [trap, defence, _, test, says] = row[..] else {
+            anyhow::bail!("{row:?} is not trap, defence, how it is taken out, test, what it says");
+        };
+        let names = |cell| code_spans(cell).any(|span| span.contains(".rs::"));
+        assert!(names(defence), "{trap}: no defence");
+        assert!(names(test), "{trap}: no test");
+        assert!(!says.is_empty(), "{trap}: what does the test say?");
+    }
+    Ok(())
+}
+
 #[test]
 fn every_relative_link_resolves() -> anyhow::Result<()> {
     for document in documents()? {

@@ -1,10 +1,15 @@
 use std::{
-    sync::atomic::{AtomicBool, AtomicI64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicI64, Ordering},
+    },
     time::Duration,
 };
 
-use outbox::Mode;
+use outbox::{Mode, Relay};
 use sqlx::{Connection, PgConnection};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use crate::auto::commit_beside_an_open_transaction;
 use crate::stage::{Stage, first_seen, sequences, wait_for};
@@ -75,13 +80,18 @@ async fn two_pollers_share_the_keys_and_keep_the_order_of_hot_ones() -> anyhow::
     let all = EVENTS as usize * keys.len();
     let records = stage.read_until(|records| records.len() >= all).await?;
     for key in &keys {
-        assert!(
-            sequences(&records, key) == (1..=EVENTS).collect::<Vec<_>>(),
-            "{key}: each once and in order"
-        );
+        let sequences = sequences(&records, key);
+        assert_eq!(out_of_order(&sequences), None, "{key}: an event before its predecessor");
+        assert_eq!(sequences.len() as i64, EVENTS, "{key}: each once");
     }
     first.stop().await?;
     second.stop().await
+}
+
+/// The first event that came before its predecessor, and that one's place.
+fn out_of_order(sequences: &[i64]) -> Option<(i64, i64)> {
+    let first_seen = first_seen(sequences);
+    (1..).zip(first_seen).find(|(expected, seen)| expected != seen)
 }
 
 /// How many keys' buckets each poller has leased.
@@ -145,6 +155,76 @@ async fn the_keys_of_a_dead_poller_are_taken_over_with_a_higher_epoch() -> anyho
     let records = stage.read_until(|records| records.len() >= 2).await?;
     assert_eq!(first_seen(&sequences(&records, "k")), [1, 2]);
     second.stop().await
+}
+
+/// HAZARDS H25: a process that is stopped with rows in its hands goes on when another one has long had their keys.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_poller_that_slept_through_its_takeover_sends_nothing_that_it_had_in_hand() -> anyhow::Result<()> {
+    const EVENTS: i64 = 60;
+    let stage = Arc::new(Stage::new().await?);
+    let keys: Vec<String> = (0..64).map(|key| format!("k{key}")).collect();
+    let backlog: Vec<_> = (1..=EVENTS)
+        .flat_map(|sequence| keys.iter().map(move |key| Stage::event(key, sequence)))
+        .collect();
+    stage.commit(&backlog).await?;
+
+    // All that the sleeper runs has one thread, which sleeps as soon as a first row is marked.
+    let (slept, asleep) = oneshot::channel();
+    let (wake, woken) = std::sync::mpsc::channel::<()>();
+    let stop = CancellationToken::new();
+    let _ended_with_the_test = stop.clone().drop_guard();
+    let sleeper = {
+        let (stage, stop, rows) = (stage.clone(), stop.clone(), backlog.len() as i64);
+        std::thread::spawn(move || -> anyhow::Result<()> {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let (settings, pool, kafka) = stage.relay_parts(|settings| {
+                    poll(settings);
+                    // One by one, so that most of the backlog is still in hand.
+                    settings.max_in_flight = 1;
+                })?;
+                let relay = Relay::new(settings, pool.clone(), kafka)?;
+                let sleep = async {
+                    wait_for("a first mark", async || {
+                        let unsent = "SELECT count(*) FROM logistics.outbox WHERE published_at IS NULL";
+                        let unsent: i64 = sqlx::query_scalar(unsent).fetch_one(&pool).await?;
+                        Ok(unsent < rows)
+                    })
+                    .await?;
+                    slept.send(()).ok();
+                    anyhow::Ok(woken.recv()?)
+                };
+                let ((), slept) = futures_util::future::join(relay.run(stop), sleep).await;
+                slept
+            })
+        })
+    };
+    asleep.await?;
+    let in_hand = stage.unpublished().await?;
+    assert!(in_hand > 0, "it slept too late");
+
+    let other = stage.start_relay_with(poll).await?;
+    stage.all_marked().await?;
+    let before = stage.records()?;
+    wake.send(())?;
+    wait_for("the sleeper to have keys again", async || {
+        Ok(shares(&stage).await? == [32, 32])
+    })
+    .await?;
+    // Some of these are its own, and it comes to them when it is done with what it had in hand.
+    let next: Vec<_> = keys.iter().map(|key| Stage::event(key, EVENTS + 1)).collect();
+    stage.commit(&next).await?;
+    wait_for("the next events to be marked", async || {
+        let sent = stage.records()? - before;
+        let new = next.len() as i64;
+        assert!(sent <= new, "{sent} records for {new} events: it had {in_hand} in hand");
+        Ok(stage.unpublished().await? == 0)
+    })
+    .await?;
+    assert_eq!(stage.records()? - before, next.len() as i64);
+    stop.cancel();
+    tokio::task::spawn_blocking(|| sleeper.join().unwrap()).await??;
+    other.stop().await
 }
 
 /// HAZARDS H23: a transaction that somebody holds open, in whatever database, must not stop the events of others.

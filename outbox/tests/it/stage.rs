@@ -258,9 +258,28 @@ impl Stage {
         }
     }
 
+    /// How many records the topic holds.
+    pub(crate) fn records(&self) -> anyhow::Result<i64> {
+        let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", &self.brokers).create()?;
+        let mut records = 0;
+        for partition in 0..PARTITIONS {
+            let (low, high) = consumer.fetch_watermarks(self.topics.main(), partition, DEADLINE)?;
+            records += high - low;
+        }
+        Ok(records)
+    }
+
     pub(crate) async fn unpublished(&self) -> anyhow::Result<i64> {
         let count = sqlx::query_scalar("SELECT count(*) FROM logistics.outbox WHERE published_at IS NULL");
         Ok(count.fetch_one(&self.pool).await?)
+    }
+
+    /// Up to where the slot is confirmed, in bytes of log.
+    pub(crate) async fn slot_position(&self) -> anyhow::Result<i64> {
+        let position = sqlx::query_scalar(
+            "SELECT (confirmed_flush_lsn - '0/0')::bigint FROM pg_replication_slots WHERE slot_name = $1",
+        );
+        Ok(position.bind(&self.slot).fetch_one(&self.pool).await?)
     }
 
     /// Bytes of log that the slot has not confirmed.
@@ -272,7 +291,10 @@ impl Stage {
     }
 
     pub(crate) async fn all_marked(&self) -> anyhow::Result<()> {
-        wait_for("every row to be marked", async || Ok(self.unpublished().await? == 0)).await
+        match wait_for("every row to be marked", async || Ok(self.unpublished().await? == 0)).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(error.context(format!("{} rows are unsent", self.unpublished().await?))),
+        }
     }
 }
 
