@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::{
+    crash_point,
     decode::History,
     handler::{Handler, HandlerError, IncomingEvent, Outcome},
     ordering::{HeldKeys, Ordering, OutOfOrder, Settlement, Turn, Verdict, settle, turns},
@@ -142,6 +143,7 @@ impl<H: Handler> Process<H> {
         let mut transaction = connection.begin().await.map_err(BatchError::Begin)?;
         let claimed = self.table.claim(&mut transaction, events).await;
         let mut claimed = claimed.map_err(BatchError::Inbox)?;
+        crash_point::CLAIM_AFTER.reached();
         // The same id twice in one batch: the first one is the event, the second a duplicate of it.
         let is_new: Vec<bool> = events.iter().map(|event| claimed.remove(&event.envelope.id)).collect();
         // After the claim: whoever tried the same events before us has ended by now, and what he noted is seen.
@@ -152,6 +154,7 @@ impl<H: Handler> Process<H> {
             Some(outcome) => vec![outcome.clone()],
             None => self.ask(&mut transaction, events, &turns).await?,
         };
+        crash_point::EFFECT_AFTER.reached();
         let settled = settle(
             events,
             &turns,
@@ -177,7 +180,9 @@ impl<H: Handler> Process<H> {
             let ids: Vec<Uuid> = settlement.settled.iter().filter_map(held_by).collect();
             self.resolve_applied(&mut transaction, batch, &settlement, &ids).await?;
         }
+        crash_point::COMMIT_BEFORE.reached();
         self.commit(transaction).await?;
+        crash_point::COMMIT_AFTER.reached();
         if releasing {
             self.releasing.notify_one();
         }
@@ -216,7 +221,10 @@ impl<H: Handler> Process<H> {
                 .note_failures(&mut transaction, failed, self.consumer_version)
                 .await;
             noted.map_err(BatchError::Inbox)?;
-            transaction.commit().await.map_err(BatchError::Commit)
+            crash_point::BURY_COMMIT_BEFORE.reached();
+            transaction.commit().await.map_err(BatchError::Commit)?;
+            crash_point::BURY_COMMIT_AFTER.reached();
+            Ok(())
         });
         match buried.await {
             Ok(result) => result,

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
+    crash_point,
     decode::{self, History},
     failure::{Class, classify},
     flood::{Flood, Sign},
@@ -196,6 +197,7 @@ impl<H: Handler> Releaser<H> {
             Pass::Nothing => Ok(false),
             Pass::Done => Ok(true),
             Pass::Failed(failure, key) => {
+                crash_point::RELEASE_FAILED.reached();
                 self.send_on(*failure, &key).await?;
                 Ok(true)
             }
@@ -238,6 +240,7 @@ impl<H: Handler> Releaser<H> {
             // Nothing to do, or another instance was faster with this one.
             return Ok(Ok(if taken.is_some() { Pass::Done } else { Pass::Nothing }));
         };
+        crash_point::RELEASE_LOCKED.reached();
         *taken = Some((key.clone(), None));
         let rows = table.first_parked(&mut transaction, &key, i64::from(most)).await;
         let mut parked: Vec<Unparked> = rows.map_err(BatchError::Inbox)?.into_iter().map(unparked).collect();
@@ -266,6 +269,7 @@ impl<H: Handler> Releaser<H> {
             .claim(&mut transaction, &events)
             .await
             .map_err(BatchError::Inbox)?;
+        crash_point::RELEASE_CLAIMED.reached();
         let is_new: Vec<bool> = events.iter().map(|event| claimed.remove(&event.envelope.id)).collect();
         let asked: Vec<bool> = is_new
             .iter()
@@ -372,7 +376,9 @@ impl<H: Handler> Releaser<H> {
                 }
             }
         };
+        crash_point::RELEASE_COMMIT_BEFORE.reached();
         self.process.commit(transaction).await?;
+        crash_point::RELEASE_COMMIT_AFTER.reached();
         for (event, outcome) in events.iter().zip(&outcomes).take(done) {
             match outcome {
                 Outcome::Applied => self.metrics.applied(event.envelope.timestamp),
@@ -425,6 +431,7 @@ impl<H: Handler> Releaser<H> {
             tracing::warn!(%event_id, aggregate_id = key.1, %error, "a parked event that fails cannot be redirected for now");
             return Err(BatchError::Undelivered(error.to_string()));
         }
+        crash_point::RELEASE_ACKNOWLEDGED.reached();
         let mut connection = self.process.pool.acquire().await.map_err(BatchError::Begin)?;
         let limit = self.process.transaction_limit;
         let noted = self.note_sent(&mut connection, &parked, &event, (step, class, &reason), key);
@@ -517,7 +524,10 @@ impl<H: Handler> Releaser<H> {
                     .map_err(BatchError::Inbox)?;
             }
         }
-        transaction.commit().await.map_err(BatchError::Commit)
+        crash_point::RELEASE_UNPARK_BEFORE.reached();
+        transaction.commit().await.map_err(BatchError::Commit)?;
+        crash_point::RELEASE_UNPARK_AFTER.reached();
+        Ok(())
     }
 }
 

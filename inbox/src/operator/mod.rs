@@ -11,6 +11,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
+    crash_point,
     ordering::KeyState,
     rate_limit::{Budget, Rate},
     table::{HeldKeysPage, Remembered, Table},
@@ -337,11 +338,14 @@ impl Operator {
     pub async fn decide(&self, ids: &[Uuid], decision: Decision, actor: Actor<'_>) -> Result<Vec<Uuid>, sqlx::Error> {
         let mut transaction = self.pool.begin().await?;
         let gone = self.let_go(&mut transaction, ids, decision == Decision::Skip).await?;
+        crash_point::DECIDE_PARKED.reached();
         if !gone.is_empty() {
             let target = serde_json::json!({ "letters": gone }).to_string();
             self.note(&mut transaction, decision.as_str(), &target, actor).await?;
         }
+        crash_point::DECIDE_COMMIT_BEFORE.reached();
         transaction.commit().await?;
+        crash_point::DECIDE_COMMIT_AFTER.reached();
         Ok(gone)
     }
 
@@ -355,6 +359,7 @@ impl Operator {
         .bind(ids)
         .execute(&mut *connection)
         .await?;
+        crash_point::LETTERS_LOCKED.reached();
         sqlx::query_scalar(self.table.sql(include_str!("../table/redrive.sql")))
             .bind(self.table.consumer())
             .bind(ids)
@@ -399,7 +404,9 @@ impl Operator {
             .set_controls(&mut transaction, &mut controls, actor.name)
             .await?;
         self.note(&mut transaction, action, &target.to_string(), actor).await?;
+        crash_point::CHANGE_COMMIT_BEFORE.reached();
         transaction.commit().await?;
+        crash_point::CHANGE_COMMIT_AFTER.reached();
         Ok(controls)
     }
 
