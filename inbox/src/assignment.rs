@@ -19,6 +19,7 @@ use tokio::{runtime::Handle, task::JoinHandle, time::Instant};
 
 use crate::{
     consumer::{GroupConsumer, is_away, to_record},
+    crash_point,
     engine::EngineError,
     lane::Lane,
     metrics::Metrics,
@@ -222,6 +223,7 @@ impl Group {
             return;
         }
         self.metrics.rebalance("revoke");
+        crash_point::REVOKE_ENTER.reached();
         for assigned in &leaving {
             assigned.lane.cancel.cancel();
         }
@@ -244,9 +246,11 @@ impl Group {
                 tracing::error!(topic, partition, %error, "the last offset could not be noted");
             }
         }
+        crash_point::REVOKE_DRAINED.reached();
         if !consumer.assignment_lost() {
             store(consumer, &finished);
         }
+        crash_point::REVOKE_STORED.reached();
         let owned: Vec<Arc<Lane>> = all_mut(&mut state.assigned)
             .map(|assigned| Arc::clone(&assigned.lane))
             .collect();
@@ -300,10 +304,11 @@ fn add_finished(assigned: &mut Assigned, list: &mut TopicPartitionList) -> Resul
 
 fn store(consumer: &GroupConsumer, finished: &TopicPartitionList) {
     // A partition that was lost in between keeps its old offset: its next owner repeats some work, nothing more.
-    if finished.count() > 0
-        && let Err(error) = consumer.store_offsets(finished)
-    {
-        tracing::debug!(%error, "offsets were not stored");
+    if finished.count() > 0 {
+        match consumer.store_offsets(finished) {
+            Ok(()) => crash_point::OFFSET_STORED.reached(),
+            Err(error) => tracing::debug!(%error, "offsets were not stored"),
+        }
     }
 }
 
@@ -356,7 +361,8 @@ impl ConsumerContext for Group {
     fn commit_callback(&self, result: KafkaResult<()>, _offsets: &TopicPartitionList) {
         // The next round commits again; after a rebalance the new owner repeats what was not committed.
         match result {
-            Ok(()) | Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
+            Ok(()) => crash_point::OFFSET_COMMITTED.reached(),
+            Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
             // Repeated every second while the brokers are away, which the status says once.
             Err(error) if is_away(&error) => tracing::debug!(%error, "offsets are not committed yet"),
             Err(error) => tracing::warn!(%error, "offsets could not be committed"),

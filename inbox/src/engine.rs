@@ -120,6 +120,9 @@ pub enum EngineError {
         "the consumer did not end its work and leave its group within {0:?}; the broker will notice by its session timeout"
     )]
     LeaveTimeout(Duration),
+    #[cfg(debug_assertions)]
+    #[error(transparent)]
+    CrashPoint(#[from] crate::crash_point::InvalidCrashPoint),
 }
 
 /// A consumer of one group, ready to run.
@@ -187,6 +190,8 @@ impl<H: Handler> Engine<H> {
     /// # Errors
     /// [`EngineError`]: topics that do not fit, or a defect after which this process must start again.
     pub async fn run(self, stop: CancellationToken) -> Result<(), EngineError> {
+        #[cfg(debug_assertions)]
+        crate::crash_point::arm()?;
         let Some(partitions) = self.wait_for_topics(&stop).await? else {
             return Ok(());
         };

@@ -79,6 +79,9 @@ pub mod status;
 
 mod metrics;
 
+/// Where a test can end the process, between durable steps.
+pub mod crash_point;
+
 pub use controls::Controls;
 pub use engine::{Engine, EngineError, GroupProtocol, Membership, Settings, UnknownTypes};
 pub use flood::FloodLimit;

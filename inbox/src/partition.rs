@@ -4,6 +4,7 @@ use tokio::{sync::Semaphore, time::Instant};
 use tracing::Span;
 
 use crate::{
+    crash_point,
     decode::{self, History},
     engine::UnknownTypes,
     failure::{Class, classify},
@@ -92,6 +93,7 @@ impl<H: Handler> Workers<H> {
 
     /// One batch from decoding to its offset.
     async fn handle(&self, lane: &Lane, records: Vec<Record>, permit: Permit) -> Result<(), Cancelled> {
+        crash_point::BATCH_RECEIVED.reached();
         let mut in_hand = self.decode(lane, records);
         let spans: Vec<Span> = in_hand.events.iter().map(|event| self.span(event)).collect();
         let mut leave = Leave {
@@ -130,6 +132,7 @@ impl<H: Handler> Workers<H> {
         self.redirect(lane, &in_hand).await?;
         if let Some(last) = in_hand.records.last() {
             lane.finish_to(last.offset + 1);
+            crash_point::OFFSET_FINISHED.reached();
         }
         Ok(())
     }
@@ -419,7 +422,7 @@ impl<H: Handler> Workers<H> {
         let mut backoff = Backoff::new();
         while !letters.is_empty() {
             match self.redirector.deliver(&mut letters).await {
-                Ok(()) => {}
+                Ok(()) => crash_point::REDIRECT_ACKNOWLEDGED.reached(),
                 Err(error @ Undelivered::Away { .. }) => self.pause(lane, error.to_string(), &mut backoff).await?,
                 Err(error @ Undelivered::TooLarge { .. }) => {
                     self.status.stuck(lane, error.to_string());

@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::{
+    crash_point,
     decode::History,
     engine::UnknownTypes,
     handler::{Handler, HandlerError, IncomingEvent, Outcome},
@@ -145,6 +146,7 @@ impl<H: Handler> Process<H> {
         let mut transaction = connection.begin().await.map_err(BatchError::Begin)?;
         let claimed = self.table.claim(&mut transaction, events).await;
         let mut claimed = claimed.map_err(BatchError::Inbox)?;
+        crash_point::CLAIM_AFTER.reached();
         // The same id twice in one batch: the first one is the event, the second a duplicate of it.
         let is_new: Vec<bool> = events.iter().map(|event| claimed.remove(&event.envelope.id)).collect();
         // After the claim: whoever tried the same events before us has ended by now, and what he noted is seen.
@@ -155,6 +157,7 @@ impl<H: Handler> Process<H> {
             Some(outcome) => vec![outcome.clone()],
             None => self.ask(&mut transaction, events, &turns).await?,
         };
+        crash_point::EFFECT_AFTER.reached();
         let settled = settle(
             events,
             &turns,
@@ -178,7 +181,9 @@ impl<H: Handler> Process<H> {
         let held_by = |key| Some(held.get(key)?.event_id);
         let ids: Vec<Uuid> = settlement.settled.iter().filter_map(held_by).collect();
         self.resolve_applied(&mut transaction, batch, &settlement, &ids).await?;
+        crash_point::COMMIT_BEFORE.reached();
         self.commit(transaction).await?;
+        crash_point::COMMIT_AFTER.reached();
         if releasing {
             self.releasing.notify_one();
         }
@@ -219,7 +224,10 @@ impl<H: Handler> Process<H> {
                 .note_failures(&mut transaction, failed, self.consumer_version)
                 .await;
             noted.map_err(BatchError::Inbox)?;
-            transaction.commit().await.map_err(BatchError::Commit)
+            crash_point::BURY_COMMIT_BEFORE.reached();
+            transaction.commit().await.map_err(BatchError::Commit)?;
+            crash_point::BURY_COMMIT_AFTER.reached();
+            Ok(())
         });
         match buried.await {
             Ok(result) => result,

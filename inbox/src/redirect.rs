@@ -14,6 +14,7 @@ use shared_events::{
 use time::OffsetDateTime;
 
 use crate::{
+    crash_point,
     decode::History,
     failure::Class,
     handler::{IncomingEvent, Reason},
@@ -179,6 +180,7 @@ impl Redirector {
             }
             reports.push(self.producer.send_result(record).map_err(|(error, _)| error));
         }
+        crash_point::REDIRECT_SENT.reached();
         let mut acknowledged = Vec::with_capacity(reports.len());
         for report in reports {
             let result = match report {

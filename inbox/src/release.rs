@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
+    crash_point,
     decode::{self, History},
     failure::{Class, classify},
     flood::{Flood, Sign},
@@ -272,6 +273,7 @@ impl<H: Handler> Releaser<H> {
                 break;
             }
             let key = key(&failure.parked.event);
+            crash_point::RELEASE_FAILED.reached();
             if let Err(error) = self.send_on(failure, &key, stop, left_out).await {
                 self.leave_out(&key, error, left_out).await?;
             }
@@ -323,6 +325,7 @@ impl<H: Handler> Releaser<H> {
             // Nothing to do, or another instance was faster with these.
             return Ok(Pass::Nothing);
         }
+        crash_point::RELEASE_LOCKED.reached();
         part.keys = keys.iter().map(|key| (key.clone(), 0)).collect();
         let rows = table.first_parked(&mut transaction, &keys, part.most).await;
         let rows = rows.map_err(BatchError::Inbox)?;
@@ -336,6 +339,7 @@ impl<H: Handler> Releaser<H> {
             .claim(&mut transaction, &events)
             .await
             .map_err(BatchError::Inbox)?;
+        crash_point::RELEASE_CLAIMED.reached();
         let is_new: Vec<bool> = events.iter().map(|event| claimed.remove(&event.envelope.id)).collect();
         let asked: Vec<bool> = is_new
             .iter()
@@ -468,7 +472,9 @@ impl<H: Handler> Releaser<H> {
             .settle(&mut transaction, &settled)
             .await
             .map_err(BatchError::Inbox)?;
+        crash_point::RELEASE_COMMIT_BEFORE.reached();
         self.process.commit(transaction).await?;
+        crash_point::RELEASE_COMMIT_AFTER.reached();
 
         for place in &done {
             match outcomes[*place] {
@@ -546,6 +552,7 @@ impl<H: Handler> Releaser<H> {
             }
             return Err(BatchError::Undelivered(error.to_string()));
         }
+        crash_point::RELEASE_ACKNOWLEDGED.reached();
         let mut connection = self.process.pool.acquire().await.map_err(BatchError::Begin)?;
         let limit = self.process.transaction_limit;
         match tokio::time::timeout(limit, self.note_sent(&mut connection, &failure, key)).await {
@@ -615,7 +622,10 @@ impl<H: Handler> Releaser<H> {
                     .map_err(BatchError::Inbox)?;
             }
         }
-        transaction.commit().await.map_err(BatchError::Commit)
+        crash_point::RELEASE_UNPARK_BEFORE.reached();
+        transaction.commit().await.map_err(BatchError::Commit)?;
+        crash_point::RELEASE_UNPARK_AFTER.reached();
+        Ok(())
     }
 }
 

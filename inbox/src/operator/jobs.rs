@@ -3,6 +3,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{Actor, LetterFilter, MEANT, Operator, bind_filter};
+use crate::crash_point;
 
 /// How a job goes about its letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,6 +143,7 @@ impl Operator {
             transaction.rollback().await?;
             return Ok(None);
         }
+        crash_point::JOB_TAKEN.reached();
         sqlx::query(self.table.sql(
             "INSERT INTO {schema}.redrive_jobs
                  (consumer, id, filter, letters, canary, rate, abort_percent, actor, role, reason)
@@ -161,7 +163,9 @@ impl Operator {
         .await?;
         let target = serde_json::json!({ "job": id, "letters": taken }).to_string();
         self.note(&mut transaction, "redrive-job", &target, actor).await?;
+        crash_point::JOB_COMMIT_BEFORE.reached();
         transaction.commit().await?;
+        crash_point::JOB_COMMIT_AFTER.reached();
         Ok(Some(id))
     }
 
@@ -185,7 +189,9 @@ impl Operator {
             let target = serde_json::json!({ "job": id }).to_string();
             self.note(&mut transaction, "cancel-job", &target, actor).await?;
         }
+        crash_point::CANCEL_COMMIT_BEFORE.reached();
         transaction.commit().await?;
+        crash_point::CANCEL_COMMIT_AFTER.reached();
         Ok(cancelled > 0)
     }
 
@@ -282,7 +288,9 @@ impl Operator {
             step => step,
         };
         self.note_step(&mut transaction, id, step).await?;
+        crash_point::STEP_COMMIT_BEFORE.reached();
         transaction.commit().await?;
+        crash_point::STEP_COMMIT_AFTER.reached();
         Ok(sent)
     }
 
@@ -312,6 +320,7 @@ impl Operator {
         .bind(&sent)
         .execute(connection)
         .await?;
+        crash_point::STEP_SENT.reached();
         Ok(sent.len())
     }
 

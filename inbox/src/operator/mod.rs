@@ -11,6 +11,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
+    crash_point,
     handler::Handler,
     ordering::KeyState,
     rate_limit::{Budget, Rate},
@@ -374,11 +375,14 @@ impl Operator {
         }
         let mut transaction = self.pool.begin().await?;
         let gone = self.let_go(&mut transaction, &ids, skip).await?;
+        crash_point::DECIDE_PARKED.reached();
         if !gone.is_empty() {
             let target = serde_json::json!({ "letters": gone }).to_string();
             self.note(&mut transaction, decision.as_str(), &target, actor).await?;
         }
+        crash_point::DECIDE_COMMIT_BEFORE.reached();
         transaction.commit().await?;
+        crash_point::DECIDE_COMMIT_AFTER.reached();
         Ok(gone)
     }
 
@@ -403,6 +407,7 @@ impl Operator {
         .bind(ids)
         .execute(&mut *connection)
         .await?;
+        crash_point::LETTERS_LOCKED.reached();
         sqlx::query_scalar(self.table.sql(include_str!("../table/redrive.sql")))
             .bind(self.table.consumer())
             .bind(ids)
@@ -447,7 +452,9 @@ impl Operator {
             .set_controls(&mut transaction, &mut controls, actor.name)
             .await?;
         self.note(&mut transaction, action, &target.to_string(), actor).await?;
+        crash_point::CHANGE_COMMIT_BEFORE.reached();
         transaction.commit().await?;
+        crash_point::CHANGE_COMMIT_AFTER.reached();
         Ok(controls)
     }
 

@@ -3,6 +3,7 @@ use uuid::Uuid;
 
 use super::{Table, records};
 use crate::{
+    crash_point,
     decode::History,
     failure::Class,
     fingerprint::fingerprint,
@@ -101,6 +102,7 @@ impl Table {
         sqlx::query_with(self.sql(include_str!("bury.sql")), arguments)
             .execute(&mut **transaction)
             .await?;
+        crash_point::LETTER_AFTER.reached();
         Ok(())
     }
 

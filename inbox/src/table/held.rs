@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::{Table, parked::columns};
 use crate::{
+    crash_point,
     handler::{IncomingEvent, Reason},
     ordering::{HeldKey, HeldKeys, Key, KeyState},
 };
@@ -120,6 +121,7 @@ impl Table {
             )
             .execute(&mut **transaction)
             .await?;
+        crash_point::HOLD_AFTER.reached();
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use super::{
     Table,
     records::{self, StoredRecord},
 };
-use crate::{decode::History, handler::IncomingEvent, ordering::Key, queue::Record};
+use crate::{crash_point, decode::History, handler::IncomingEvent, ordering::Key, queue::Record};
 
 /// An event to be parked, with the record it came in.
 pub(crate) struct Parked<'a> {
@@ -76,6 +76,7 @@ impl Table {
             sqlx::query_as_with(self.sql(include_str!("park_events.sql")), arguments)
                 .fetch_all(&mut **transaction)
                 .await?;
+        crash_point::PARK_AFTER.reached();
         Ok(rows
             .into_iter()
             .map(|(aggregate_type, aggregate_id, parked)| ((aggregate_type, aggregate_id), parked))
