@@ -1,6 +1,6 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use inbox::{Handler, HandlerError, IncomingEvent, Outcome, UnknownTypes};
+use inbox::{Handler, HandlerError, IncomingEvent, Key, Outcome, Row, UnknownTypes};
 use shared_events::envelope::InvalidField;
 use shared_events::{
     Envelope, Payload, Rejection,
@@ -66,6 +66,52 @@ impl Handler for ApplyShipment {
         }
         Ok(())
     }
+
+    /// The shipment counts as having taken all events before this one. One that is not known yet has nothing that could go on.
+    async fn pass_to(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        (aggregate_type, id): &Key,
+        sequence: i64,
+    ) -> Result<bool, HandlerError> {
+        let known = shipments::lock(transaction, &[id.as_str()]).await?;
+        let Some(shipment) = known.first().filter(|_| aggregate_type == AGGREGATE_TYPE) else {
+            return Ok(false);
+        };
+        let moved = Shipment {
+            sequence: sequence - 1,
+            ..shipment.clone()
+        };
+        // One that is further already stays where it is.
+        shipments::save(transaction, &[&moved]).await?;
+        Ok(true)
+    }
+
+    async fn rows(&self, transaction: &mut PgTransaction<'_>, event: &IncomingEvent) -> Result<Vec<Row>, HandlerError> {
+        Ok(rows(transaction, &event.envelope).await?)
+    }
+}
+
+/// Every row that an event may change or bring about: its order with lines and timeline, its shipment, the products of its
+/// lines. Locked in the order in which [`apply`] locks them.
+async fn rows(transaction: &mut PgTransaction<'_>, envelope: &Envelope) -> Result<Vec<Row>, sqlx::Error> {
+    let event = match read(envelope) {
+        Ok(event) => Some(event),
+        Err(Rejection::UnknownType(_)) => None,
+        Err(_) => return Ok(Vec::new()),
+    };
+    let mut rows = Vec::new();
+    if let Some(event) = &event {
+        rows.extend(orders::rows(transaction, event.order_id()).await?);
+        rows.extend(order_lines::rows(transaction, event.order_id()).await?);
+        rows.extend(order_timeline::rows(transaction, event.order_id()).await?);
+    }
+    rows.extend(shipments::rows(transaction, &envelope.aggregate_id).await?);
+    if let Some(event) = &event {
+        let skus: Vec<&str> = event.lines().iter().map(|line| line.sku.as_str()).collect();
+        rows.extend(products::rows(transaction, &skus).await?);
+    }
+    Ok(rows)
 }
 
 /// Applies shipment events, in this order, inside the caller's transaction, and says for each what became of it. An

@@ -7,7 +7,10 @@ use service_runtime::{
     supervise::ProcessSettings,
 };
 
-use crate::apply_shipment::{ApplyShipment, KNOWN_TYPES};
+use crate::{
+    apply_shipment::{ApplyShipment, KNOWN_TYPES},
+    rebuild::RebuildSettings,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -21,6 +24,7 @@ Exit codes: 0 done, 1 failed while running, 2 usage or configuration error, 3 a 
 /// The longest delay of a retry tier: its topic must keep records for longer than that.
 const LONGEST_DELAY: Duration = Duration::from_secs(24 * 60 * 60);
 const MOST_TIERS: usize = 10;
+const LONGEST_RETENTION: Duration = Duration::from_secs(100 * 366 * 24 * 60 * 60);
 
 /// Applies the warehouse's shipment events to commerce's orders, stock and timelines.
 #[derive(Debug, Parser)]
@@ -41,6 +45,8 @@ pub enum Command {
     Migrate(MigrateSettings),
     /// Load orders, lines and products from CSV files, all or nothing. Safe to repeat.
     Import(ImportSettings),
+    /// What has to be done about dead letters.
+    DeadLetters(DeadLettersCommand),
     /// Print the settings in force, or their reference.
     Config(ConfigCommand),
 }
@@ -76,6 +82,18 @@ pub struct ImportSettings {
     pub dir: PathBuf,
     #[command(flatten)]
     pub database: DatabaseSettings,
+}
+
+#[derive(Debug, Args)]
+pub struct DeadLettersCommand {
+    #[command(subcommand)]
+    pub what: DeadLetters,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DeadLetters {
+    /// Add the dead letters that the table lacks and their topic has. Safe to repeat, also while the consumer runs.
+    Rebuild(Box<RebuildSettings>),
 }
 
 #[derive(Debug, Args)]
@@ -158,6 +176,10 @@ pub struct GroupSettings {
     pub ordering: OrderingSettings,
     #[command(flatten)]
     pub flood: FloodSettings,
+    /// How long archived dead letters stay in the table, `90days`, at least 1 minute; then they and their failed attempts are
+    /// deleted. Their records stay in the dead-letter topic for as long as that keeps them.
+    #[arg(long, env = "DEAD_LETTERS_RETENTION", default_value = "90days")]
+    pub dead_letters_retention: Retention,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -329,6 +351,23 @@ impl FromStr for ResumeAfter {
             return Err("expected a time of at most 1 day, or `never`".to_owned());
         }
         Ok(Self(Some(after)))
+    }
+}
+
+/// Long enough for whoever archives by mistake to notice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention(pub Duration);
+
+impl FromStr for Retention {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let retention = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+        if (Duration::from_secs(60)..=LONGEST_RETENTION).contains(&retention) {
+            Ok(Self(retention))
+        } else {
+            Err("expected a time of 1 minute to 100 years".to_owned())
+        }
     }
 }
 

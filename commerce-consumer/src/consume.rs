@@ -11,7 +11,7 @@ use sqlx::PgPool;
 
 use crate::{
     apply_shipment::ApplyShipment,
-    config::{self, GroupSettings},
+    config::{self, GroupSettings, OrderingSettings},
     schema::SCHEMA,
 };
 
@@ -58,20 +58,14 @@ pub fn engine(
             instance_id: settings.membership.group_instance_id.0.clone(),
         },
         unknown_types,
-        ordering: match settings.ordering.ordering {
-            config::Ordering::None => Ordering::None,
-            config::Ordering::PerKey => Ordering::PerKey(Parking {
-                most_per_key: settings.ordering.parked_per_key,
-                most_in_all: settings.ordering.parked_in_all,
-                released_by: settings.ordering.dead_letters_release.0.clone(),
-            }),
-        },
+        ordering: ordering(&settings.ordering),
         flood_limit: FloodLimit {
             run: settings.flood.dead_letter_run,
             ratio: f64::from(settings.flood.dead_letter_percent) / 100.0,
             window: FLOOD_WINDOW,
             resume_after: settings.flood.flood_resume_after.0,
         },
+        letters_retention: settings.dead_letters_retention.0,
         join_trace: service_runtime::telemetry::set_parent,
         consumer_version: concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION")),
     };
@@ -82,6 +76,17 @@ pub fn engine(
         client_config,
         ApplyShipment { unknown_types },
     ))
+}
+
+pub(crate) fn ordering(settings: &OrderingSettings) -> Ordering {
+    match settings.ordering {
+        config::Ordering::None => Ordering::None,
+        config::Ordering::PerKey => Ordering::PerKey(Parking {
+            most_per_key: settings.parked_per_key,
+            most_in_all: settings.parked_in_all,
+            released_by: settings.dead_letters_release.0.clone(),
+        }),
+    }
 }
 
 fn pace(settings: &GroupSettings) -> Result<Option<Pace>, FloorWithoutLimit> {

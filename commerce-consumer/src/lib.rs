@@ -29,6 +29,9 @@ pub mod http;
 /// Takes over orders, lines and products, as they are before anything ships.
 pub mod import;
 
+/// The table of dead letters, filled again from their topic.
+pub mod rebuild;
+
 /// The embedded migrations.
 pub mod schema;
 

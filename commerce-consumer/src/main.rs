@@ -6,13 +6,14 @@ use anyhow::Context;
 use axum::Router;
 use commerce_consumer::{
     apply_shipment::ApplyShipment,
-    config::{Cli, Command, ConfigOutput, ConsumeSettings, ImportSettings, MigrateSettings},
+    config::{Cli, Command, ConfigOutput, ConsumeSettings, DeadLetters, ImportSettings, MigrateSettings},
     consume::{self, FloorWithoutLimit},
     http::{self, Admin, Api},
     import::{self, ImportError},
+    rebuild::{self, RebuildSettings},
     schema::{MIGRATOR, SCHEMA},
 };
-use inbox::{Engine, Status};
+use inbox::{Engine, Status, rebuild::Progress};
 use service_runtime::{
     auth::GrantsError,
     database,
@@ -38,6 +39,9 @@ fn main() -> ExitCode {
         Command::Consume(settings) => consume(settings),
         Command::Migrate(settings) => migrate(&settings),
         Command::Import(settings) => import(&settings),
+        Command::DeadLetters(command) => match command.what {
+            DeadLetters::Rebuild(settings) => rebuild(&settings),
+        },
         Command::Config(command) => {
             show(command.what, &effective);
             Ok(ExitCode::SUCCESS)
@@ -61,6 +65,9 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
         || matches!(error.downcast_ref(), Some(sqlx::Error::Configuration(_)));
     if is_configuration {
         return ExitCode::from(USAGE);
+    }
+    if error.downcast_ref().is_some_and(rebuild::is_unreachable) {
+        return ExitCode::from(UNREACHABLE);
     }
     match error.downcast_ref() {
         Some(ImportError::Files(_)) => ExitCode::from(USAGE),
@@ -107,10 +114,13 @@ async fn run(settings: ConsumeSettings, telemetry: Telemetry) -> anyhow::Result<
     let operations = operations(&pool, &schema, engine.status(), telemetry);
     let admin = Admin {
         operator: engine.operator(pool.clone()),
+        dry_run: engine.dry_run(pool.clone()),
+        pass: engine.pass(pool.clone()),
         status: engine.status(),
         limits: engine.limits(),
         controls: engine.controls(),
         grants,
+        letters_retention: group.dead_letters_retention.0,
     };
     let api = Api {
         pool: pool.clone(),
@@ -207,6 +217,15 @@ fn import(settings: &ImportSettings) -> anyhow::Result<ExitCode> {
     say(&format!(
         "imported {orders} orders, {lines} lines, {products} products; what was there before is unchanged"
     ));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn rebuild(settings: &RebuildSettings) -> anyhow::Result<ExitCode> {
+    let runtime = Runtime::new().context("the runtime could not be started")?;
+    runtime.block_on(rebuild::rebuild(settings, |progress| {
+        let Progress { read, of, added } = progress;
+        say(&format!("read {read} of {of} records, added {added} dead letters"));
+    }))?;
     Ok(ExitCode::SUCCESS)
 }
 

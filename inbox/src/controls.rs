@@ -5,7 +5,7 @@ use std::{
 };
 
 use sqlx::PgPool;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -21,6 +21,10 @@ use crate::{
 const LOOK: Duration = Duration::from_secs(1);
 /// How long it waits for the answer.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How often archived letters are looked for that have been kept for long enough.
+const UPKEEP: Duration = Duration::from_secs(60);
+/// Most letters deleted at once; the rest at the next look.
+const DELETED_AT_ONCE: u32 = 500;
 
 /// What an operator may do to this instance; a handle that may be cloned and kept.
 #[derive(Debug, Clone)]
@@ -75,7 +79,7 @@ impl Controls {
     }
 }
 
-/// Follows what is remembered in the table, and the database's health.
+/// Follows what is remembered in the table, and the database's health; and deletes what has been archived for long enough.
 pub(crate) struct Watch {
     pub(crate) table: Table,
     pub(crate) pool: PgPool,
@@ -83,6 +87,7 @@ pub(crate) struct Watch {
     /// Whether the limits follow the database, and by which commits.
     pub(crate) regulator: Option<Regulator>,
     pub(crate) commits: Arc<Commits>,
+    pub(crate) letters_retention: Duration,
 }
 
 impl Watch {
@@ -111,12 +116,16 @@ impl Watch {
     pub(crate) async fn run(mut self) -> Infallible {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut upkeep = Instant::now();
         loop {
             looks.tick().await;
             self.controls.status.sample();
             self.regulate().await;
             if let Err(reason) = self.look().await {
                 tracing::debug!(reason, "what operators have set is not known now");
+            }
+            if Instant::now() >= upkeep && !self.delete_archived().await {
+                upkeep = Instant::now() + UPKEEP;
             }
         }
     }
@@ -134,6 +143,28 @@ impl Watch {
             Ok(Err(_)) | Err(_) => u32::MAX,
         };
         self.controls.limits.pace(regulator.next(commit, lock_waits, limit));
+    }
+
+    /// Whether there may be more to delete.
+    async fn delete_archived(&self) -> bool {
+        let deleted = self
+            .table
+            .delete_archived(&self.pool, self.letters_retention, DELETED_AT_ONCE);
+        match tokio::time::timeout(ANSWER, deleted).await {
+            Ok(Ok(0)) => false,
+            Ok(Ok(letters)) => {
+                tracing::info!(letters, "archived dead letters are deleted after their retention");
+                letters == DELETED_AT_ONCE
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "archived dead letters cannot be deleted for now");
+                false
+            }
+            Err(_) => {
+                tracing::warn!("archived dead letters cannot be deleted for now: the database does not answer");
+                false
+            }
+        }
     }
 
     async fn look(&self) -> Result<(), String> {

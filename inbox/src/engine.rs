@@ -21,6 +21,7 @@ use crate::{
     assignment::Group,
     consumer::{GroupConsumer, consumer_config, poll_until},
     controls::{Controls, Watch},
+    dry_run::DryRun,
     flood::{Flood, FloodLimit},
     handler::Handler,
     metrics::Metrics,
@@ -28,6 +29,7 @@ use crate::{
     ordering::Ordering,
     pace::{Commits, Pace, Regulator},
     partition::Workers,
+    pass::Pass,
     process::Process,
     rate_limit::{Budget, Rate, RateLimits},
     redirect::Redirector,
@@ -59,6 +61,8 @@ pub struct Settings {
     pub unknown_types: UnknownTypes,
     pub ordering: Ordering,
     pub flood_limit: FloodLimit,
+    /// How long an archived dead letter is kept.
+    pub letters_retention: Duration,
     /// Makes a span the child of the one a `traceparent` names.
     pub join_trace: fn(&tracing::Span, &str),
     /// Stands in the headers of redirected records.
@@ -172,6 +176,32 @@ impl<H: Handler> Engine<H> {
         Operator::of_handler::<H>(self.table.clone(), pool)
     }
 
+    /// Works without the engine too, on the same tables.
+    pub fn dry_run(&self, pool: PgPool) -> DryRun<H>
+    where
+        H: Clone,
+    {
+        DryRun {
+            table: self.table.clone(),
+            pool,
+            handler: self.handler.clone(),
+            transaction_limit: self.settings.transaction_limit,
+        }
+    }
+
+    /// Works without the engine too, on the same tables.
+    pub fn pass(&self, pool: PgPool) -> Pass<H>
+    where
+        H: Clone,
+    {
+        Pass {
+            table: self.table.clone(),
+            operator: self.operator(pool.clone()),
+            pool,
+            handler: self.handler.clone(),
+        }
+    }
+
     pub fn status(&self) -> Status {
         self.status.clone()
     }
@@ -239,6 +269,7 @@ impl<H: Handler> Engine<H> {
             controls: self.controls.clone(),
             regulator: self.settings.pace.map(Regulator::new),
             commits: Arc::clone(&self.commits),
+            letters_retention: self.settings.letters_retention,
         }
     }
 

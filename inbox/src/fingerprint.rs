@@ -1,11 +1,9 @@
-use crate::handler::Reason;
-
 /// Error type and message without what differs from event to event, so that failures of one cause are found together:
 /// quoted text becomes `"…"`, and a word with a digit in it `#`.
-pub(crate) fn fingerprint(reason: &Reason) -> String {
+pub(crate) fn fingerprint(error_type: &str, message: &str) -> String {
     let mut words: Vec<String> = Vec::new();
     let mut quoted = false;
-    for word in reason.message.split_whitespace() {
+    for word in message.split_whitespace() {
         let opens = word.matches('"').count() % 2 == 1;
         if quoted {
             quoted = !opens;
@@ -20,7 +18,7 @@ pub(crate) fn fingerprint(reason: &Reason) -> String {
             words.push(word.to_owned());
         }
     }
-    format!("{}: {}", reason.error_type, words.join(" "))
+    format!("{error_type}: {}", words.join(" "))
 }
 
 #[cfg(test)]
@@ -29,7 +27,7 @@ mod tests {
 
     #[test]
     fn failures_of_one_cause_are_alike() {
-        let of = |message: &str| fingerprint(&Reason::new("unknown_line", message));
+        let of = |message: &str| fingerprint("unknown_line", message);
         assert_eq!(
             of("order 10248 has no line for SKU-7"),
             of("order 99 has no line for SKU-12")
@@ -40,7 +38,7 @@ mod tests {
         );
         assert_eq!(of(r#"carrier "a b c" is not known"#), of(r#"carrier "d" is not known"#));
         assert_ne!(of("order 1 is not known"), of("order 1 is cancelled"));
-        assert_ne!(fingerprint(&Reason::new("a", "x")), fingerprint(&Reason::new("b", "x")));
+        assert_ne!(fingerprint("a", "x"), fingerprint("b", "x"));
         assert_eq!(of("an \"open quote"), "unknown_line: an \"…\"");
     }
 }

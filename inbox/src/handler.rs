@@ -1,7 +1,10 @@
 use std::{future::Future, sync::Arc};
 
+use serde_json::{Map, Value};
 use shared_events::{Envelope, Rejection};
 use sqlx::PgTransaction;
+
+use crate::ordering::Key;
 
 /// What a service does with the events of a topic.
 pub trait Handler: Send + Sync + 'static {
@@ -44,6 +47,47 @@ pub trait Handler: Send + Sync + 'static {
         let _ = (transaction, event);
         std::future::ready(Ok(()))
     }
+
+    /// The events of an aggregate before `sequence` that have not come will never come: whatever counts its sequence moves there,
+    /// so that `sequence` is the next. False if too little is known of it for that; nothing may have changed then. By default
+    /// nothing has to be done.
+    ///
+    /// # Errors
+    /// As [`Handler::apply`].
+    fn pass_to(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        key: &Key,
+        sequence: i64,
+    ) -> impl Future<Output = Result<bool, HandlerError>> + Send {
+        let _ = (transaction, key, sequence);
+        std::future::ready(Ok(true))
+    }
+
+    /// Every row of the service's own tables that this event may change or bring about, as it stands now. A dry run asks before
+    /// and after [`Handler::apply`], in one transaction that is rolled back, and shows what differs. Rows that others may change
+    /// in between are to be locked, in the order in which `apply` locks them. By default there is nothing to show.
+    ///
+    /// # Errors
+    /// As [`Handler::apply`].
+    fn rows(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        event: &IncomingEvent,
+    ) -> impl Future<Output = Result<Vec<Row>, HandlerError>> + Send {
+        let _ = (transaction, event);
+        std::future::ready(Ok(Vec::new()))
+    }
+}
+
+/// A row as it stands, column by column.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    pub table: &'static str,
+    /// The columns that name it.
+    pub key: Map<String, Value>,
+    /// All of its columns.
+    pub columns: Map<String, Value>,
 }
 
 /// A decoded event and where it came from.

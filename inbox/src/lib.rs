@@ -74,6 +74,15 @@ mod redirect;
 
 pub mod operator;
 
+/// What a dead letter would do, in a transaction that is rolled back.
+pub mod dry_run;
+
+/// A key goes on without events that will never come.
+pub mod pass;
+
+/// The table of dead letters, filled again from their topic.
+pub mod rebuild;
+
 /// What a person may ask: assignment, lag, and why nothing moves.
 pub mod status;
 
@@ -83,13 +92,16 @@ mod metrics;
 pub mod crash_point;
 
 pub use controls::Controls;
+pub use dry_run::DryRun;
 pub use engine::{Engine, EngineError, GroupProtocol, Membership, Settings, UnknownTypes};
 pub use flood::FloodLimit;
-pub use handler::{Handler, HandlerError, IncomingEvent, Outcome, Position, Reason};
+pub use handler::{Handler, HandlerError, IncomingEvent, Outcome, Position, Reason, Row};
 pub use operator::Operator;
-pub use ordering::{KeyState, Ordering, Parking};
+pub use ordering::{Key, KeyState, Ordering, Parking};
 pub use pace::Pace;
+pub use pass::Pass;
 pub use rate_limit::{Budget, Rate, RateLimits};
+pub use rebuild::{Rebuild, RebuildError};
 pub use retry::Schedule;
 pub use status::Status;
 pub use table::{Remembered, Table};

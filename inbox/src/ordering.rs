@@ -87,7 +87,7 @@ pub(crate) struct HeldKey {
 }
 
 /// The aggregate: its type and its id.
-pub(crate) type Key = (String, String);
+pub type Key = (String, String);
 
 pub(crate) type HeldKeys = HashMap<Key, HeldKey>;
 

@@ -105,11 +105,7 @@ pub struct Redirect {
 impl Redirect {
     /// The record's own headers first, earlier redirect headers replaced by these.
     pub fn encode(&self, original: &[Header]) -> Vec<Header> {
-        let mut headers: Vec<Header> = original
-            .iter()
-            .filter(|(name, _)| !REDIRECT_HEADERS.contains(&name.as_str()))
-            .cloned()
-            .collect();
+        let mut headers = without_redirect(original);
         let mut put = |name: &str, value: String| headers.push((name.to_owned(), value.into_bytes()));
         put(ORIGIN_TOPIC, self.origin.topic.clone());
         put(ORIGIN_PARTITION, self.origin.partition.to_string());
@@ -159,6 +155,14 @@ impl Redirect {
             consumer_version: or_unknown(CONSUMER_VERSION),
         })
     }
+}
+
+/// The headers that a record had of its own.
+pub fn without_redirect(headers: &[Header]) -> Vec<Header> {
+    let own = headers
+        .iter()
+        .filter(|(name, _)| !REDIRECT_HEADERS.contains(&name.as_str()));
+    own.cloned().collect()
 }
 
 /// The last header of a name: later ones win, as in HTTP clients that append.

@@ -31,6 +31,22 @@ pub static LETTER_NOT_FOUND: Kind = Kind {
     help: "The path names no dead letter of this consumer group. `GET /admin/dead-letters` lists them.",
 };
 
+pub static LETTER_NOT_OPEN: Kind = Kind {
+    code: "dead-letter-not-open",
+    status: StatusCode::CONFLICT,
+    title: "The dead letter is not open",
+    help: "Only an open dead letter can be edited: this one is on its way again, was settled, is archived, or its event has taken \
+           effect. Nothing was changed. `GET /admin/dead-letters/{id}` shows its state.",
+};
+
+pub static KEY_NOT_WAITING: Kind = Kind {
+    code: "key-not-waiting",
+    status: StatusCode::CONFLICT,
+    title: "The key cannot go on without an event",
+    help: "Only a key in the state `waiting` stands still for an event that has not come, and commerce must know its shipment. Nothing \
+           was changed. `GET /admin/held-keys` lists the keys that are held.",
+};
+
 pub static REDRIVE_NOT_FOUND: Kind = Kind {
     code: "redrive-not-found",
     status: StatusCode::NOT_FOUND,

@@ -43,8 +43,10 @@ pub struct Api {
 struct Document;
 
 /// The problems of this service beside the common ones.
-static KINDS: [&Kind; 5] = [
+static KINDS: [&Kind; 7] = [
+    &error::KEY_NOT_WAITING,
     &error::LETTER_NOT_FOUND,
+    &error::LETTER_NOT_OPEN,
     &error::ORDER_NOT_FOUND,
     &error::PRODUCT_NOT_FOUND,
     &error::REDRIVE_NOT_FOUND,
@@ -59,11 +61,16 @@ fn routes(api: Api, admin: Admin) -> (Router, Specification) {
         .routes(routes!(admin::consumer::resume))
         .routes(routes!(admin::consumer::limit))
         .routes(routes!(admin::held_keys::held_keys))
+        .routes(routes!(admin::held_keys::pass))
         .routes(routes!(admin::dead_letters::letters))
         .routes(routes!(admin::dead_letters::groups))
         .routes(routes!(admin::dead_letters::letter))
+        .routes(routes!(admin::edits::edit))
+        .routes(routes!(admin::dry_runs::dry_run))
         .routes(routes!(admin::decisions::redrive))
         .routes(routes!(admin::decisions::skip))
+        .routes(routes!(admin::archive::archive))
+        .routes(routes!(admin::archive::restore))
         .routes(routes!(admin::redrives::list, admin::redrives::begin))
         .routes(routes!(admin::redrives::read))
         .routes(routes!(admin::redrives::cancel))

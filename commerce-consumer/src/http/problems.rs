@@ -8,7 +8,10 @@ use utoipa::{
     openapi::{ContentBuilder, Ref, RefOr, Response, ResponseBuilder},
 };
 
-use super::error::{LETTER_NOT_FOUND, ORDER_NOT_FOUND, PRODUCT_NOT_FOUND, REDRIVE_NOT_FOUND, SHIPMENT_NOT_FOUND};
+use super::error::{
+    KEY_NOT_WAITING, LETTER_NOT_FOUND, LETTER_NOT_OPEN, ORDER_NOT_FOUND, PRODUCT_NOT_FOUND, REDRIVE_NOT_FOUND,
+    SHIPMENT_NOT_FOUND,
+};
 
 pub(super) struct OrderProblems;
 pub(super) struct ProductProblems;
@@ -17,6 +20,12 @@ pub(super) struct SummaryProblems;
 /// Of every operation that looks at dead letters or held keys.
 pub(super) struct LetterProblems;
 pub(super) struct RedriveProblems;
+/// Of an edit, beside [`OperateProblems`].
+pub(super) struct EditProblems;
+/// Of a key that is to go on, beside [`OperateProblems`].
+pub(super) struct PassProblems;
+/// Of a dry run.
+pub(super) struct DryRunProblems;
 /// Of every operation for which a token is needed.
 pub(super) struct OperateProblems;
 
@@ -53,6 +62,32 @@ impl IntoResponses for SummaryProblems {
 impl IntoResponses for LetterProblems {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
         describe(Some(&LETTER_NOT_FOUND))
+    }
+}
+
+impl IntoResponses for EditProblems {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        by_status(&[&LETTER_NOT_FOUND, &LETTER_NOT_OPEN])
+    }
+}
+
+impl IntoResponses for PassProblems {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        by_status(&[&KEY_NOT_WAITING])
+    }
+}
+
+impl IntoResponses for DryRunProblems {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        by_status(&[
+            &LETTER_NOT_FOUND,
+            &problem::MALFORMED,
+            &problem::UNAUTHENTICATED,
+            &problem::FORBIDDEN,
+            &problem::OVERLOADED,
+            &problem::TIMEOUT,
+            &problem::UNAVAILABLE,
+        ])
     }
 }
 

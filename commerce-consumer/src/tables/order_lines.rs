@@ -123,3 +123,16 @@ pub async fn insert(transaction: &mut PgTransaction<'_>, lines: &[&northwind::Or
     .await?;
     Ok(result.rows_affected())
 }
+
+/// An order's rows; the caller holds its lock.
+///
+/// # Errors
+/// Any database error; the transaction is then of no use.
+pub async fn rows(transaction: &mut PgTransaction<'_>, order_id: &str) -> Result<Vec<inbox::Row>, sqlx::Error> {
+    let select = "SELECT to_jsonb(r)::text FROM commerce.order_lines AS r WHERE order_id = $1";
+    let found = sqlx::query_scalar(select)
+        .bind(order_id)
+        .fetch_all(&mut **transaction)
+        .await?;
+    super::as_rows("order_lines", &["order_id", "sku"], found)
+}

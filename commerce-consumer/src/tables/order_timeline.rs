@@ -72,3 +72,16 @@ pub async fn list(executor: impl sqlx::PgExecutor<'_>, order_id: &str) -> Result
     .fetch_all(executor)
     .await
 }
+
+/// An order's rows; the caller holds its lock.
+///
+/// # Errors
+/// Any database error; the transaction is then of no use.
+pub async fn rows(transaction: &mut PgTransaction<'_>, order_id: &str) -> Result<Vec<inbox::Row>, sqlx::Error> {
+    let select = "SELECT to_jsonb(r)::text FROM commerce.order_timeline AS r WHERE order_id = $1";
+    let found = sqlx::query_scalar(select)
+        .bind(order_id)
+        .fetch_all(&mut **transaction)
+        .await?;
+    super::as_rows("order_timeline", &["id"], found)
+}

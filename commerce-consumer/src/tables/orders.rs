@@ -89,3 +89,16 @@ pub async fn insert_new(transaction: &mut PgTransaction<'_>, orders: &[Order]) -
         .fetch_all(&mut **transaction)
         .await
 }
+
+/// An order's row, locked.
+///
+/// # Errors
+/// Any database error; the transaction is then of no use.
+pub async fn rows(transaction: &mut PgTransaction<'_>, id: &str) -> Result<Vec<inbox::Row>, sqlx::Error> {
+    let select = "SELECT to_jsonb(r)::text FROM commerce.orders AS r WHERE id = $1 FOR NO KEY UPDATE";
+    let found = sqlx::query_scalar(select)
+        .bind(id)
+        .fetch_all(&mut **transaction)
+        .await?;
+    super::as_rows("orders", &["id"], found)
+}

@@ -96,3 +96,17 @@ pub async fn insert_new(transaction: &mut PgTransaction<'_>, products: &[Product
     .await?;
     Ok(result.rows_affected())
 }
+
+/// The rows of products, locked.
+///
+/// # Errors
+/// Any database error; the transaction is then of no use.
+pub async fn rows(transaction: &mut PgTransaction<'_>, skus: &[&str]) -> Result<Vec<inbox::Row>, sqlx::Error> {
+    let select =
+        "SELECT to_jsonb(r)::text FROM commerce.products AS r WHERE sku = ANY($1) ORDER BY sku FOR NO KEY UPDATE";
+    let found = sqlx::query_scalar(select)
+        .bind(skus)
+        .fetch_all(&mut **transaction)
+        .await?;
+    super::as_rows("products", &["sku"], found)
+}

@@ -144,3 +144,16 @@ pub async fn events_applied(executor: impl sqlx::PgExecutor<'_>) -> Result<i64, 
         .fetch_one(executor)
         .await
 }
+
+/// A shipment's row, locked.
+///
+/// # Errors
+/// Any database error; the transaction is then of no use.
+pub async fn rows(transaction: &mut PgTransaction<'_>, id: &str) -> Result<Vec<inbox::Row>, sqlx::Error> {
+    let select = "SELECT to_jsonb(r)::text FROM commerce.shipments AS r WHERE id = $1 FOR NO KEY UPDATE";
+    let found = sqlx::query_scalar(select)
+        .bind(id)
+        .fetch_all(&mut **transaction)
+        .await?;
+    super::as_rows("shipments", &["id"], found)
+}

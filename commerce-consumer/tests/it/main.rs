@@ -5,5 +5,6 @@ mod applying;
 mod consuming;
 mod importing;
 mod reading;
+mod repairs;
 mod stage;
 mod triage;

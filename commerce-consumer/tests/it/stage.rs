@@ -92,10 +92,13 @@ impl Stage {
         let tokens = format!("--admin-tokens=vic:viewer:{VIEWER_TOKEN},olga:operator:{OPERATOR_TOKEN}");
         Admin {
             operator: engine.operator(self.pool.clone()),
+            dry_run: engine.dry_run(self.pool.clone()),
+            pass: engine.pass(self.pool.clone()),
             status: engine.status(),
             limits: engine.limits(),
             controls: engine.controls(),
             grants: Tokens::parse_from(["test", &tokens]).auth.grants().unwrap(),
+            letters_retention: Duration::from_secs(24 * 60 * 60),
         }
     }
 

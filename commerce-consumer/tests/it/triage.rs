@@ -23,10 +23,10 @@ struct Defaults {
 }
 
 /// The service as an operator sees it.
-struct Desk(Router);
+pub(crate) struct Desk(Router);
 
 impl Desk {
-    fn of(stage: &Stage, consuming: &Consuming<'_>) -> Self {
+    pub(crate) fn of(stage: &Stage, consuming: &Consuming<'_>) -> Self {
         let api = Api {
             pool: stage.pool.clone(),
             group: "commerce".to_owned(),
@@ -35,11 +35,11 @@ impl Desk {
         Self(http::app(api, consuming.admin.clone(), Router::new(), &settings))
     }
 
-    async fn get(&self, path: &str) -> (StatusCode, Value) {
+    pub(crate) async fn get(&self, path: &str) -> (StatusCode, Value) {
         self.send(Request::get(path).body(Body::empty()).unwrap()).await
     }
 
-    async fn post(&self, path: &str, token: Option<&str>, body: Value) -> (StatusCode, Value) {
+    pub(crate) async fn post(&self, path: &str, token: Option<&str>, body: Value) -> (StatusCode, Value) {
         let mut request = Request::post(path).header("content-type", "application/json");
         if let Some(token) = token {
             request = request.header("authorization", format!("Bearer {token}"));
@@ -56,7 +56,7 @@ impl Desk {
 }
 
 /// Ships more than was ordered, and comes back from that.
-fn oversold() -> (Parcel, Vec<Envelope>) {
+pub(crate) fn oversold() -> (Parcel, Vec<Envelope>) {
     let mut parcel = Parcel::new("1", "10248", &[("11", 13)]);
     let events = vec![parcel.created(), parcel.completed(), parcel.returned(&[("11", 1)])];
     (parcel, events)
@@ -232,11 +232,16 @@ async fn who_may_not_decide_and_who_asks_wrongly_is_told_so_and_nothing_happens(
     for path in [
         "/admin/dead-letters/redrive",
         "/admin/dead-letters/skip",
+        "/admin/dead-letters/archive",
+        "/admin/dead-letters/restore",
+        "/admin/held-keys/pass",
         "/admin/consumer/resume",
         "/admin/consumer/pause",
         "/admin/consumer/limits",
         "/admin/redrives",
         "/admin/redrives/01a20298-8c22-7739-9baa-62b66b1b868c/cancel",
+        "/admin/dead-letters/01a20298-8c22-7739-9baa-62b66b1b868c/edit",
+        "/admin/dead-letters/01a20298-8c22-7739-9baa-62b66b1b868c/dry-run",
     ] {
         assert_eq!(
             desk.post(path, None, by_type.clone()).await.0,

@@ -4,6 +4,14 @@
 /// Many letters through again, as one job: a canary first, then at a rate, until too many die again.
 pub mod jobs;
 
+/// Another event in the place of one that can never take effect as it is.
+pub mod edit;
+
+/// Letters that need nobody any more, out of sight.
+pub mod archive;
+
+pub use archive::Shelving;
+pub use edit::{Edit, EditError, Edited};
 pub use jobs::{Eligible, Job, Plan};
 
 use sqlx::{FromRow, PgConnection, PgPool, PgTransaction};
@@ -38,7 +46,7 @@ pub struct Actor<'a> {
 /// Which dead letters are meant: those to which every field that is set applies.
 #[derive(Debug, Clone, Default)]
 pub struct LetterFilter {
-    /// `open`, `redriving` or `resolved`.
+    /// `open`, `redriving`, `resolved` or `archived`; `None`: any but `archived`.
     pub state: Option<String>,
     pub fingerprint: Option<String>,
     pub error_type: Option<String>,
@@ -85,6 +93,12 @@ pub struct LetterRow {
     pub first_died_at: OffsetDateTime,
     pub last_died_at: OffsetDateTime,
     pub resolved_at: Option<OffsetDateTime>,
+    /// Since when it is out of sight; its state is then `archived`.
+    pub archived_at: Option<OffsetDateTime>,
+    /// The letter that it was made of.
+    pub edited_from: Option<Uuid>,
+    /// The letter that took its place.
+    pub replaced_by: Option<Uuid>,
     pub origin_topic: String,
     pub origin_partition: i32,
     pub origin_offset: i64,
@@ -158,13 +172,14 @@ impl Decision {
 
 type StoredBytes = (Option<Vec<u8>>, Option<Vec<u8>>, Vec<String>, Vec<Vec<u8>>);
 
-const LETTER: &str =
-    "id, state, aggregate_type, aggregate_id, sequence, event_type, error_class, error_type, error_message,
-    fingerprint, consumer_version, attempts, deaths, holds, first_died_at, last_died_at, resolved_at, origin_topic,
+const LETTER: &str = "id, CASE WHEN archived_at IS NULL THEN state ELSE 'archived' END AS state, aggregate_type,
+    aggregate_id, sequence, event_type, error_class, error_type, error_message, fingerprint, consumer_version, attempts,
+    deaths, holds, first_died_at, last_died_at, resolved_at, archived_at, edited_from, replaced_by, origin_topic,
     origin_partition, origin_offset";
 
 /// Which rows a filter means; `$1` is the consumer, the filter's fields are `$2` to `$9`.
-const MEANT: &str = "consumer = $1 AND ($2::text IS NULL OR state = $2) AND ($3::text IS NULL OR fingerprint = $3)
+const MEANT: &str = "consumer = $1 AND (archived_at IS NULL) = ($2::text IS DISTINCT FROM 'archived')
+    AND ($2 IS NULL OR $2 = 'archived' OR state = $2) AND ($3::text IS NULL OR fingerprint = $3)
     AND ($4::text IS NULL OR error_type = $4) AND ($5::text IS NULL OR event_type = $5)
     AND ($6::text IS NULL OR aggregate_id = $6) AND ($7::text IS NULL OR consumer_version = $7)
     AND ($8::timestamptz IS NULL OR last_died_at >= $8) AND ($9::timestamptz IS NULL OR last_died_at < $9)";
@@ -223,10 +238,11 @@ impl Operator {
     /// Any database error.
     pub async fn groups(&self, filter: &LetterFilter) -> Result<Vec<LetterGroup>, sqlx::Error> {
         let sql = format!(
-            "SELECT fingerprint, error_type, state, count(*) AS letters, count(DISTINCT (aggregate_type, aggregate_id)) AS keys,
+            "SELECT fingerprint, error_type, CASE WHEN archived_at IS NULL THEN state ELSE 'archived' END AS state,
+                    count(*) AS letters, count(DISTINCT (aggregate_type, aggregate_id)) AS keys,
                     min(first_died_at) AS first_died_at, max(last_died_at) AS last_died_at
                FROM {{schema}}.dead_letters WHERE {MEANT}
-              GROUP BY fingerprint, error_type, state ORDER BY letters DESC, fingerprint LIMIT 200"
+              GROUP BY 1, 2, 3 ORDER BY letters DESC, fingerprint LIMIT 200"
         );
         bind_filter!(sqlx::query_as(self.table.sql(&sql)), self.table.consumer(), filter)
             .fetch_all(&self.pool)
@@ -399,14 +415,7 @@ impl Operator {
         .bind(ids)
         .execute(&mut *connection)
         .await?;
-        sqlx::query(
-            self.table
-                .sql("SELECT FROM {schema}.dead_letters WHERE consumer = $1 AND id = ANY($2) AND state = 'open' ORDER BY id FOR UPDATE"),
-        )
-        .bind(self.table.consumer())
-        .bind(ids)
-        .execute(&mut *connection)
-        .await?;
+        self.lock_letters(connection, ids).await?;
         crash_point::LETTERS_LOCKED.reached();
         sqlx::query_scalar(self.table.sql(include_str!("../table/redrive.sql")))
             .bind(self.table.consumer())
@@ -414,6 +423,19 @@ impl Operator {
             .bind(skip)
             .fetch_all(connection)
             .await
+    }
+
+    /// In the order of their ids, so that two operators who mean the same ones wait for each other.
+    async fn lock_letters(&self, connection: &mut PgConnection, ids: &[Uuid]) -> Result<(), sqlx::Error> {
+        sqlx::query(
+            self.table
+                .sql("SELECT FROM {schema}.dead_letters WHERE consumer = $1 AND id = ANY($2) ORDER BY id FOR UPDATE"),
+        )
+        .bind(self.table.consumer())
+        .bind(ids)
+        .execute(connection)
+        .await?;
+        Ok(())
     }
 
     /// What operators have set.
@@ -489,7 +511,7 @@ impl Operator {
         .await
     }
 
-    async fn note(
+    pub(crate) async fn note(
         &self,
         transaction: &mut PgTransaction<'_>,
         action: &str,

@@ -1,4 +1,5 @@
--- A letter that dies again is the same letter; one that is open already has only been tried once more. One that was resolved meanwhile cannot die: its event has an inbox row.
+-- A letter that dies again is the same letter; one that is open already has only been tried once more. One that was resolved
+-- meanwhile cannot die: its event has an inbox row; or its record is no event, and what took its place is a letter of its own.
 INSERT INTO {schema}.dead_letters AS letter
     (consumer, id, aggregate_type, aggregate_id, sequence, event_type, error_class, error_type, error_message, fingerprint,
      consumer_version, origin_topic, origin_partition, origin_offset, origin_timestamp_ms, attempts, partition, record_key,
@@ -18,4 +19,6 @@ FROM unnest($2::uuid[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::te
 ON CONFLICT (consumer, id) DO UPDATE
     SET error_class = excluded.error_class, error_type = excluded.error_type, error_message = excluded.error_message,
         fingerprint = excluded.fingerprint, consumer_version = excluded.consumer_version, attempts = excluded.attempts,
-        holds = excluded.holds, state = 'open', resolved_at = NULL, deaths = letter.deaths + (letter.state <> 'open')::integer, last_died_at = clock_timestamp()
+        holds = excluded.holds, state = 'open', resolved_at = NULL, archived_at = NULL, rebuilt_at = NULL,
+        deaths = letter.deaths + (letter.state <> 'open')::integer, last_died_at = clock_timestamp()
+  WHERE letter.replaced_by IS NULL

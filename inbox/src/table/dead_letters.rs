@@ -1,4 +1,6 @@
-use sqlx::{Arguments, PgTransaction, postgres::PgArguments};
+use std::time::Duration;
+
+use sqlx::{Arguments, PgPool, PgTransaction, postgres::PgArguments};
 use uuid::Uuid;
 
 use super::{Table, records};
@@ -86,7 +88,11 @@ impl Table {
             arguments.add(dead.iter().map(|dead| dead.class.as_str()).collect::<Vec<_>>()),
             arguments.add(reasons().map(|reason| reason.error_type).collect::<Vec<_>>()),
             arguments.add(reasons().map(|reason| reason.message.as_str()).collect::<Vec<_>>()),
-            arguments.add(reasons().map(fingerprint).collect::<Vec<_>>()),
+            arguments.add(
+                reasons()
+                    .map(|reason| fingerprint(reason.error_type, &reason.message))
+                    .collect::<Vec<_>>(),
+            ),
             arguments.add(consumer_version),
         ];
         added
@@ -120,5 +126,22 @@ impl Table {
         .execute(&mut **transaction)
         .await?;
         Ok(())
+    }
+
+    /// Deletes letters that have been archived for this long, and their failed attempts, at most `most`; returns how many. Any
+    /// instance may do it at any time.
+    pub(crate) async fn delete_archived(
+        &self,
+        pool: &PgPool,
+        retention: Duration,
+        most: u32,
+    ) -> Result<u32, sqlx::Error> {
+        let deleted: i64 = sqlx::query_scalar(self.sql(include_str!("delete_archived.sql")))
+            .bind(&*self.consumer)
+            .bind(retention.as_secs_f64())
+            .bind(i64::from(most))
+            .fetch_one(pool)
+            .await?;
+        Ok(u32::try_from(deleted).unwrap_or(u32::MAX))
     }
 }

@@ -2,7 +2,7 @@
 //! that are held, and the events parked behind them; the dead letters; what operators set.
 //!
 //! A service's migration creates the tables as `migrations/commerce/0005_inbox.sql`, `0006_held_keys.sql`,
-//! `0007_dead_letters.sql` and `0008_consumer_controls.sql` do.
+//! `0007_dead_letters.sql` to `0010_edited_and_archived_letters.sql` do.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -15,6 +15,9 @@ mod parked;
 /// Tries that failed, and what died of it.
 mod dead_letters;
 
+/// Dead letters read back from their topic.
+mod rebuilt;
+
 /// What operators set while the consumer runs.
 pub(crate) mod controls;
 
@@ -26,6 +29,7 @@ pub(crate) use dead_letters::Failed;
 pub(crate) use held::Hold;
 pub use held::{HeldKeyRow, HeldKeysPage};
 pub(crate) use parked::{Parked, ParkedRow};
+pub(crate) use rebuilt::FromTopic;
 
 use sqlx::{AssertSqlSafe, PgTransaction};
 use uuid::Uuid;

@@ -2,12 +2,15 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something unexpected happens")]
 #![allow(clippy::print_stdout, reason = "seeds and figures are part of a test's result")]
 
+mod archive;
 mod controls;
+mod edits;
 mod effects;
 mod faults;
 mod flood;
 mod ordering;
 mod rate;
+mod rebuilding;
 mod redirects;
 mod release;
 mod stage;

@@ -19,7 +19,7 @@ use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
     admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier},
     client::DefaultClientContext,
-    consumer::{BaseConsumer, Consumer},
+    consumer::{BaseConsumer, CommitMode, Consumer},
     message::{BorrowedHeaders, Header, Headers, OwnedHeaders},
     producer::{FutureProducer, FutureRecord},
 };
@@ -229,6 +229,7 @@ pub(crate) struct Stage {
     pub(crate) unknown_types: UnknownTypes,
     pub(crate) ordering: Ordering,
     pub(crate) flood_limit: FloodLimit,
+    pub(crate) letters_retention: Duration,
     pub(crate) database: TestDatabase,
     pub(crate) topics: TestTopics,
     producer: FutureProducer,
@@ -287,7 +288,7 @@ impl Found {
 impl Stage {
     pub(crate) async fn new(delays: &[Duration]) -> Self {
         let servers = TestServers::from_env().unwrap();
-        let database = TestDatabase::create(&servers, "inbox", "v7", async |url| {
+        let database = TestDatabase::create(&servers, "inbox", "v8", async |url| {
             let pool = PgPool::connect(url).await?;
             sqlx::raw_sql(SCHEMA).execute(&pool).await?;
             // The service's own tables, in our schema and without its roles.
@@ -296,6 +297,7 @@ impl Stage {
                 include_str!("../../../migrations/commerce/0007_dead_letters.sql"),
                 include_str!("../../../migrations/commerce/0008_consumer_controls.sql"),
                 include_str!("../../../migrations/commerce/0009_redrive_jobs.sql"),
+                include_str!("../../../migrations/commerce/0010_edited_and_archived_letters.sql"),
             ]
             .join("\n")
             .lines()
@@ -338,6 +340,7 @@ impl Stage {
                 window: 1_000,
                 resume_after: None,
             },
+            letters_retention: Duration::from_secs(3600),
             producer: config.create().unwrap(),
             brokers: servers.brokers().to_owned(),
             database,
@@ -361,6 +364,7 @@ impl Stage {
             unknown_types: self.unknown_types,
             ordering: self.ordering.clone(),
             flood_limit: self.flood_limit,
+            letters_retention: self.letters_retention,
             join_trace: |_, _| {},
             consumer_version: "test 0",
         };
@@ -519,6 +523,20 @@ impl Stage {
                 _ => 0,
             })
             .sum()
+    }
+
+    pub(crate) fn brokers(&self) -> &str {
+        &self.brokers
+    }
+
+    /// Every record of the main topic comes again to the next engine, as after offsets that were lost.
+    pub(crate) fn rewind(&self) {
+        let mut list = TopicPartitionList::new();
+        for partition in 0..PARTITIONS {
+            list.add_partition_offset(self.topics.main(), partition, Offset::Offset(0))
+                .unwrap();
+        }
+        self.reader().commit(&list, CommitMode::Sync).unwrap();
     }
 
     /// From now on the broker refuses larger batches for this topic, as they are on the wire.

@@ -31,7 +31,7 @@ struct ActionView {
     acted_at: OffsetDateTime,
     actor: String,
     role: String,
-    /// `redrive`, `skip`, `redrive-job`, `cancel-job`, `pause`, `limit` or `resume`.
+    /// `redrive`, `skip`, `edit`, `archive`, `restore`, `pass`, `redrive-job`, `cancel-job`, `pause`, `limit` or `resume`.
     action: String,
     #[schema(value_type = Object)]
     target: serde_json::Value,

@@ -9,7 +9,7 @@ use service_runtime::{
     query::{limit, pairs, wrong},
 };
 use shared_events::envelope::{format_timestamp, rfc3339_micros};
-use time::OffsetDateTime;
+use time::{Duration, OffsetDateTime};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
@@ -30,7 +30,7 @@ struct GroupView {
     /// Error type and message without what differs from letter to letter.
     fingerprint: String,
     error_type: String,
-    /// `open`, `redriving` or `resolved`.
+    /// `open`, `redriving`, `resolved` or `archived`.
     state: String,
     letters: i64,
     keys: i64,
@@ -80,7 +80,7 @@ pub(in crate::http) async fn groups(
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "only described by it, read by `narrow`")]
 pub(in crate::http) struct FilterParameters {
-    /// `open`, `redriving` or `resolved`.
+    /// `open`, `redriving`, `resolved` or `archived`; without it, all but the archived ones.
     state: Option<String>,
     fingerprint: Option<String>,
     error_type: Option<String>,
@@ -104,8 +104,8 @@ fn narrow(filter: &mut LetterFilter, name: &str, value: &str) -> Result<bool, Pr
     }
     let text = Some(value.to_owned());
     match name {
-        "state" if !["open", "redriving", "resolved"].contains(&value) => {
-            return Err(wrong("state", "is not one of open, redriving, resolved"));
+        "state" if !["open", "redriving", "resolved", "archived"].contains(&value) => {
+            return Err(wrong("state", "is not one of open, redriving, resolved, archived"));
         }
         "state" => filter.state = text,
         "fingerprint" => filter.fingerprint = text,
@@ -133,7 +133,8 @@ pub(in crate::http) struct LettersView {
 pub(in crate::http) struct LetterView {
     /// The event's id, or one made of the record's place if it is no event.
     id: Uuid,
-    /// `open`: waits for a person. `redriving`: on its way again. `resolved`: it took effect after all, or was skipped.
+    /// `open`: waits for a person. `redriving`: on its way again. `resolved`: it took effect after all, was skipped, or another
+    /// one took its place. `archived`: out of sight, and to be deleted.
     state: String,
     aggregate_type: Option<String>,
     aggregate_id: Option<String>,
@@ -147,6 +148,7 @@ pub(in crate::http) struct LetterView {
     consumer_version: String,
     /// Up to its last death.
     attempts: i32,
+    /// 0: it was made of another letter, whose error this is, and has not been tried.
     deaths: i32,
     /// Whether later events of its key wait for it.
     holds_key: bool,
@@ -157,6 +159,14 @@ pub(in crate::http) struct LetterView {
     #[schema(value_type = String, format = DateTime)]
     last_died_at: OffsetDateTime,
     resolved_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    archived_at: Option<String>,
+    /// The letter that this one was made of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    edited_from: Option<Uuid>,
+    /// The letter that took its place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replaced_by: Option<Uuid>,
     origin: OriginView,
 }
 
@@ -188,6 +198,9 @@ impl From<LetterRow> for LetterView {
             first_died_at: row.first_died_at,
             last_died_at: row.last_died_at,
             resolved_at: row.resolved_at.and_then(|time| format_timestamp(time).ok()),
+            archived_at: row.archived_at.and_then(|time| format_timestamp(time).ok()),
+            edited_from: row.edited_from,
+            replaced_by: row.replaced_by,
             origin: OriginView {
                 topic: row.origin_topic,
                 partition: row.origin_partition,
@@ -251,6 +264,9 @@ pub(in crate::http) struct WholeLetterView {
     headers: Vec<HeaderView>,
     /// Events parked behind its key.
     parked: i64,
+    /// When it will be deleted; absent if it is not archived.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    deleted_after: Option<String>,
     failed_attempts: Vec<AttemptView>,
 }
 
@@ -283,11 +299,17 @@ pub(in crate::http) async fn letter(State(admin): State<Admin>, id: Id) -> Resul
     };
     let letter = admin.operator.letter(letter_id).await.map_err(database)?;
     letter
-        .map(|letter| Json(whole(letter)))
+        .map(|letter| {
+            Json(whole(
+                letter,
+                admin.letters_retention.try_into().unwrap_or(Duration::MAX),
+            ))
+        })
         .ok_or_else(|| id.not_found(&LETTER_NOT_FOUND))
 }
 
-fn whole(letter: Letter) -> WholeLetterView {
+fn whole(letter: Letter, retention: Duration) -> WholeLetterView {
+    let deleted_after = letter.row.archived_at.map(|at| at.saturating_add(retention));
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     WholeLetterView {
         letter: letter.row.into(),
@@ -302,6 +324,7 @@ fn whole(letter: Letter) -> WholeLetterView {
             })
             .collect(),
         parked: letter.parked,
+        deleted_after: deleted_after.and_then(|time| format_timestamp(time).ok()),
         failed_attempts: letter
             .attempts
             .into_iter()

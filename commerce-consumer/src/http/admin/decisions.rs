@@ -13,7 +13,7 @@ use super::{Admin, NOT_A_TIME, actor, check_reason, defect, instant};
 use crate::http::{error::database, problems::OperateProblems};
 
 /// Most dead letters of one decision.
-const MAX_DECIDED: u32 = 1_000;
+pub(super) const MAX_DECIDED: u32 = 1_000;
 
 /// Which dead letters, and why: either `ids`, or fields of a filter, all of which must apply. At least one field is
 /// needed.
@@ -32,10 +32,10 @@ pub(in crate::http) struct Decide {
     /// Died last before, RFC 3339.
     to: Option<String>,
     /// Kept with the action.
-    reason: String,
+    pub(super) reason: String,
     /// True, the default, only says which letters are meant.
     #[serde(default = "yes")]
-    dry_run: bool,
+    pub(super) dry_run: bool,
 }
 
 fn yes() -> bool {
@@ -141,12 +141,12 @@ async fn decide(
     Ok((status, Json(view)))
 }
 
-enum Meant {
+pub(super) enum Meant {
     Ids(Vec<Uuid>),
     Filter(Box<LetterFilter>),
 }
 
-fn meant(asked: Decide) -> Result<Meant, Problem> {
+pub(super) fn meant(asked: Decide) -> Result<Meant, Problem> {
     let narrowed = filter(FilterFields {
         fingerprint: asked.fingerprint,
         error_type: asked.error_type,

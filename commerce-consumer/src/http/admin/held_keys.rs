@@ -1,10 +1,13 @@
 use axum::{
     Json,
     extract::{RawQuery, State},
+    http::{HeaderMap, StatusCode},
 };
-use inbox::KeyState;
-use serde::Serialize;
+use inbox::{HandlerError, KeyState, pass::PassError};
+use serde::{Deserialize, Serialize};
 use service_runtime::{
+    auth::Role,
+    http::JsonBody,
     problem::Problem,
     query::{limit, pairs, wrong},
 };
@@ -13,8 +16,11 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{Admin, DEFAULT_LIMIT, MAX_LIMIT, NOT_A_CURSOR};
-use crate::http::{error::database, problems::LetterProblems};
+use super::{Admin, DEFAULT_LIMIT, MAX_LIMIT, NOT_A_CURSOR, actor, check_reason, defect};
+use crate::http::{
+    error::{KEY_NOT_WAITING, database},
+    problems::{LetterProblems, OperateProblems, PassProblems},
+};
 
 #[derive(Debug, Serialize, ToSchema)]
 pub(in crate::http) struct HeldKeysView {
@@ -96,4 +102,93 @@ pub(in crate::http) async fn held_keys(
 fn place_of_key(cursor: &str) -> Option<(String, String)> {
     let (kind, id) = cursor.split_once('/')?;
     (!cursor.contains('\0')).then(|| (kind.to_owned(), id.to_owned()))
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(in crate::http) struct PassOver {
+    aggregate_type: String,
+    aggregate_id: String,
+    /// The event that is to be the next; at most the one that waits.
+    to_sequence: i64,
+    /// Kept with the action; 1 to 500 bytes.
+    reason: String,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub(in crate::http) struct PassedView {
+    aggregate_type: String,
+    aggregate_id: String,
+    to_sequence: i64,
+}
+
+/// Let a key that waits for an event go on without it.
+///
+/// For an event that will never come: the key goes on with `to_sequence`, what the events before it would have changed stays
+/// undone, and one of them that comes after all is a duplicate. If it is a dead letter that could not be read, edit that instead.
+#[utoipa::path(post, path = "/admin/held-keys/pass", operation_id = "passHeldKey", tag = "operations",
+    request_body = PassOver,
+    responses((status = 202, description = "It is on its way", body = PassedView), PassProblems, OperateProblems))]
+pub(in crate::http) async fn pass(
+    State(admin): State<Admin>,
+    headers: HeaderMap,
+    body: JsonBody,
+) -> Result<(StatusCode, Json<PassedView>), Problem> {
+    let caller = admin.grants.require(&headers, Role::Operator)?;
+    let asked: PassOver = body.parse()?;
+    check_reason(&asked.reason)?;
+    if asked.to_sequence < 2 {
+        return Err(Problem::invalid_field(
+            "/to_sequence",
+            "must be at least 2: nothing comes before the first event",
+        ));
+    }
+    for (pointer, text) in [
+        ("/aggregate_type", &asked.aggregate_type),
+        ("/aggregate_id", &asked.aggregate_id),
+    ] {
+        if text.contains('\0') {
+            return Err(Problem::invalid_field(pointer, "contains a NUL character"));
+        }
+    }
+    let PassOver {
+        aggregate_type,
+        aggregate_id,
+        to_sequence,
+        reason,
+    } = asked;
+    // A task of its own: a client that hangs up must not leave a connection inside a transaction (HAZARDS H3).
+    let task = tokio::spawn(async move {
+        let key = (aggregate_type, aggregate_id);
+        admin.pass.to(&key, to_sequence, actor(&caller, &reason)).await?;
+        tracing::warn!(
+            by = caller.name,
+            reason,
+            aggregate_id = key.1,
+            to_sequence,
+            "a held key goes on without what it waited for"
+        );
+        Ok::<_, PassError>(key)
+    });
+    match task.await.map_err(|_| defect())? {
+        Ok((aggregate_type, aggregate_id)) => Ok((
+            StatusCode::ACCEPTED,
+            Json(PassedView {
+                aggregate_type,
+                aggregate_id,
+                to_sequence,
+            }),
+        )),
+        Err(error @ (PassError::NotWaiting | PassError::Unknown)) => {
+            Err(Problem::new(&KEY_NOT_WAITING, error.to_string()))
+        }
+        Err(error @ PassError::WouldPassParked { .. }) => {
+            Err(Problem::invalid_field("/to_sequence", error.to_string()))
+        }
+        Err(PassError::Database(error) | PassError::Handler(HandlerError::Database(error))) => Err(database(error)),
+        Err(PassError::Handler(error)) => {
+            tracing::error!(%error, "the handler could not pass over events");
+            Err(defect())
+        }
+    }
 }

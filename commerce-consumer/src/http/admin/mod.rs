@@ -1,11 +1,15 @@
 //! What operators look at and change.
 
-use inbox::{Controls, Operator, RateLimits, Status, operator::Actor};
+use std::time::Duration;
+
+use inbox::{Controls, DryRun, Operator, Pass, RateLimits, Status, operator::Actor};
 use service_runtime::{
     auth::{Caller, Grants},
     problem::Problem,
 };
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::apply_shipment::ApplyShipment;
 
 /// How the consumer is doing, and letting it go on.
 pub(super) mod consumer;
@@ -18,6 +22,15 @@ pub(super) mod dead_letters;
 
 /// What becomes of dead letters.
 pub(super) mod decisions;
+
+/// Another event in a dead letter's place.
+pub(super) mod edits;
+
+/// Dead letters that need nobody any more.
+pub(super) mod archive;
+
+/// What a dead letter would do.
+pub(super) mod dry_runs;
 
 /// Many dead letters through again, as jobs.
 pub(super) mod redrives;
@@ -35,10 +48,14 @@ const NOT_A_TIME: &str = "is not a time such as 2026-11-22T05:00:00Z";
 #[derive(Debug, Clone)]
 pub struct Admin {
     pub operator: Operator,
+    pub dry_run: DryRun<ApplyShipment>,
+    pub pass: Pass<ApplyShipment>,
     pub status: Status,
     pub limits: RateLimits,
     pub controls: Controls,
     pub grants: Grants,
+    /// How long an archived dead letter is kept.
+    pub letters_retention: Duration,
 }
 
 fn instant(value: &str) -> Option<OffsetDateTime> {
