@@ -6,6 +6,7 @@ use anyhow::Context;
 use axum::Router;
 use commerce_consumer::{
     apply_shipment::ApplyShipment,
+    cli,
     config::{Cli, Command, ConfigOutput, ConsumeSettings, ImportSettings, MigrateSettings},
     consume::{self, FloorWithoutLimit},
     http::{self, Admin, Api},
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
             show(command.what, &effective);
             Ok(ExitCode::SUCCESS)
         }
+        Command::Operate(command) => Ok(cli::run(&command)),
     };
     ended.unwrap_or_else(|error| {
         say(&format!("error: {error:#}"));

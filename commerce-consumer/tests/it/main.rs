@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something unexpected happens")]
 
 mod applying;
+mod cli;
 mod consuming;
 mod importing;
 mod reading;
