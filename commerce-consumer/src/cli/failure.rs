@@ -118,6 +118,7 @@ impl Failure {
             "forbidden" => "use a token of somebody with that role",
             "malformed-request" | "invalid-request" => "correct that value; --help says what it may be",
             "dead-letter-not-found" => "`commerce-consumer dead-letters list` shows which there are",
+            "dead-letter-not-open" => "`commerce-consumer dead-letters show` says what became of it",
             "redrive-not-found" => "`commerce-consumer redrives list` shows which there are",
             "not-found" => "look at --url: does commerce-consumer answer there, in this version?",
             _ if ended == Ended::Failed && changes => MAY_BE_DONE,

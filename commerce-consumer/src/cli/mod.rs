@@ -46,7 +46,7 @@ mod screen;
 pub const EXIT_CODES: &str = "\
 Exit codes: 0 done, 1 failed while running, 2 usage error or refused (nothing was done), 3 the service or its database
 could not be reached (nothing was done), 4 done in part (the output names what is left), 99 a redrive gave up by its abort
-ratio, 130 and 143 stopped by SIGINT and SIGTERM. Results go to standard output, everything
+ratio or a dry run would have no effect, 130 and 143 stopped by SIGINT and SIGTERM. Results go to standard output, everything
 else to standard error. The token is read from the variable ADMIN_TOKEN or from --token-file; reading needs none.";
 
 #[derive(Debug, Subcommand)]

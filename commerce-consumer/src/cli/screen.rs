@@ -210,6 +210,49 @@ pub(super) fn pretty(json: &str) -> Option<String> {
     Some(shown)
 }
 
+/// Lines that went with `- `, lines that came with `+ `, and two lines around them.
+pub(super) fn difference(before: &str, after: &str) -> String {
+    const AROUND: usize = 2;
+    /// Beyond it, the table below would be too large to be worth it.
+    const MOST: usize = 4_000_000;
+    let (before, after): (Vec<&str>, Vec<&str>) = (before.lines().collect(), after.lines().collect());
+    if before.len().saturating_mul(after.len()) > MOST {
+        return "  too long to be compared line by line\n".to_owned();
+    }
+    // common[i][j]: the longest common part of what follows line i and line j.
+    let mut common = vec![vec![0; after.len() + 1]; before.len() + 1];
+    for i in (0..before.len()).rev() {
+        for j in (0..after.len()).rev() {
+            common[i][j] = if before[i] == after[j] {
+                common[i + 1][j + 1] + 1
+            } else {
+                common[i + 1][j].max(common[i][j + 1])
+            };
+        }
+    }
+    let (mut lines, mut i, mut j) = (Vec::new(), 0, 0);
+    while i < before.len() || j < after.len() {
+        if i < before.len() && j < after.len() && before[i] == after[j] {
+            lines.push((' ', before[i]));
+            (i, j) = (i + 1, j + 1);
+        } else if j == after.len() || (i < before.len() && common[i + 1][j] >= common[i][j + 1]) {
+            lines.push(('-', before[i]));
+            i += 1;
+        } else {
+            lines.push(('+', after[j]));
+            j += 1;
+        }
+    }
+    let near = |place: usize| {
+        let from = place.saturating_sub(AROUND);
+        lines[from..lines.len().min(place + AROUND + 1)]
+            .iter()
+            .any(|(mark, _)| *mark != ' ')
+    };
+    let shown = lines.iter().enumerate().filter(|(place, _)| near(*place));
+    shown.map(|(_, (mark, line))| format!("{mark} {line}\n")).collect()
+}
+
 pub(super) fn count(value: &Value) -> String {
     value.as_i64().map_or_else(|| "unknown".to_owned(), grouped)
 }
@@ -277,10 +320,15 @@ mod tests {
     }
 
     #[test]
-    fn json_is_indented_as_it_stands() {
+    fn json_is_indented_as_it_stands_and_compared_line_by_line() {
         let json = r#"{"z":[1.50,{ }],"a":"x\\",  "b":"\"{,"}"#;
         let lines = "{\n  \"z\": [\n    1.50,\n    {}\n  ],\n  \"a\": \"x\\\\\",\n  \"b\": \"\\\"{,\"\n}";
         assert_eq!(pretty(json).as_deref(), Some(lines));
         assert_eq!(pretty("no JSON"), None);
+        assert_eq!(
+            difference("1\n2\n3\n4\n5\n6", "1\n2\n3\n4\n5\n7"),
+            "  4\n  5\n- 6\n+ 7\n"
+        );
+        assert_eq!(difference("a\nb", "a\nb"), "");
     }
 }

@@ -3,6 +3,7 @@
 
 mod applying;
 mod cli;
+mod cli_repairs;
 mod consuming;
 mod importing;
 mod reading;

@@ -34,6 +34,8 @@ const FILTER: [&str; 6] = ["fingerprint", "error_type", "event_type", "aggregate
 pub(super) enum Decision {
     Redrive,
     Skip,
+    Archive,
+    Restore,
 }
 
 impl Decision {
@@ -41,8 +43,18 @@ impl Decision {
         let verb = match self {
             Self::Redrive => "redrive",
             Self::Skip => "skip",
+            Self::Archive => "archive",
+            Self::Restore => "restore",
         };
         ["admin", "dead-letters", verb]
+    }
+
+    fn of_state(self) -> &'static str {
+        match self {
+            Self::Redrive | Self::Skip => "open ",
+            Self::Archive => "",
+            Self::Restore => "archived ",
+        }
     }
 
     /// Ends "3 dead letters: they …".
@@ -50,6 +62,8 @@ impl Decision {
         match self {
             Self::Redrive => "go through again, each key's in their sequence, and what is parked behind them follows",
             Self::Skip => "are left out for good: they never take effect, and their keys go on without them",
+            Self::Archive => "are put away; `restore` takes them back",
+            Self::Restore => "are what they were before they were archived",
         }
     }
 
@@ -57,6 +71,8 @@ impl Decision {
         match self {
             Self::Redrive => "on their way again",
             Self::Skip => "skipped",
+            Self::Archive => "archived",
+            Self::Restore => "restored",
         }
     }
 }
@@ -127,8 +143,9 @@ fn target(decision: Decision, asked: &Decide, matched: i64) -> String {
     };
     let letters = if matched == 1 { "dead letter" } else { "dead letters" };
     format!(
-        "{} open {letters}{by}: they {}",
+        "{} {}{letters}{by}: they {}",
         grouped(matched),
+        decision.of_state(),
         decision.plan()
     )
 }

@@ -10,10 +10,17 @@ use super::{
     screen::{Column, Table, block, count, grouped, indented, pretty, text, time},
 };
 
-/// Redriven, skipped.
+/// Redriven, skipped, archived, restored.
 mod decide;
 
+/// Tried without effect.
+mod dry_run;
+
+/// Another event in a letter's place.
+mod edit;
+
 use decide::{Decide, Decision};
+use edit::Edit;
 
 #[derive(Debug, Args)]
 #[command(before_help = "\
@@ -50,6 +57,26 @@ Examples:
   commerce-consumer dead-letters skip 01a20369-a68f-767c-a83a-078a525f0194 --reason 'it was never shipped'
   commerce-consumer dead-letters skip --type ShipmentHeld --to 2h --reason 'of no use any more' --dry-run")]
     Skip(Decide),
+    /// Try a dead letter on commerce's database as it is now, without effect; exit code 99 if it would not take effect.
+    #[command(before_help = "\
+Examples:
+  commerce-consumer dead-letters dry-run 01a20369-a68f-767c-a83a-078a525f0194
+  commerce-consumer dead-letters dry-run 01a20369-a68f-767c-a83a-078a525f0194 --json | jq .changes")]
+    DryRun(Show),
+    /// Put another event in the place of an open dead letter: with a file, or in $EDITOR.
+    Edit(Edit),
+    /// Put dead letters away, out of the lists.
+    #[command(before_help = "\
+Examples:
+  commerce-consumer dead-letters archive --fingerprint 'unknown order #' --reason 'orders of the test shop'
+  commerce-consumer dead-letters archive 01a20369-a68f-767c-a83a-078a525f0194 --reason 'of no use' --yes")]
+    Archive(Decide),
+    /// Take dead letters back from the archive.
+    #[command(before_help = "\
+Examples:
+  commerce-consumer dead-letters restore 01a20369-a68f-767c-a83a-078a525f0194 --reason 'still needed'
+  commerce-consumer dead-letters restore --type ShipmentHeld --reason 'still needed' --dry-run")]
+    Restore(Decide),
 }
 
 #[derive(Debug, Args)]
@@ -163,6 +190,10 @@ pub(super) async fn run(desk: &Desk, what: &What) -> Result<Ended, Failure> {
         What::Show(asked) => show(desk, asked.id).await,
         What::Redrive(asked) => decide::run(desk, Decision::Redrive, asked).await,
         What::Skip(asked) => decide::run(desk, Decision::Skip, asked).await,
+        What::DryRun(asked) => dry_run::run(desk, asked.id).await,
+        What::Edit(asked) => edit::run(desk, asked).await,
+        What::Archive(asked) => decide::run(desk, Decision::Archive, asked).await,
+        What::Restore(asked) => decide::run(desk, Decision::Restore, asked).await,
     }
 }
 
