@@ -9,17 +9,19 @@ use service_runtime::{
 
 use crate::{
     apply_shipment::{ApplyShipment, KNOWN_TYPES},
+    cli,
     rebuild::RebuildSettings,
 };
 
 const EXAMPLES: &str = "\
 Examples:
   COMMERCE_DATABASE_URL=postgres://commerce_svc:…@db/shop commerce-consumer consume
-  commerce-consumer config show --config commerce.toml";
+  commerce-consumer config show --config commerce.toml
+  commerce-consumer dead-letters groups --state open";
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done, 1 failed while running, 2 usage or configuration error, 3 a dependency could not be reached,
-130 and 143 stopped by SIGINT and SIGTERM after a clean drain.";
+4 done in part, 99 a redrive gave up by its abort ratio, 130 and 143 stopped by SIGINT and SIGTERM after a clean drain.";
 
 /// The longest delay of a retry tier: its topic must keep records for longer than that.
 const LONGEST_DELAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -45,10 +47,12 @@ pub enum Command {
     Migrate(MigrateSettings),
     /// Load orders, lines and products from CSV files, all or nothing. Safe to repeat.
     Import(ImportSettings),
-    /// What has to be done about dead letters.
-    DeadLetters(DeadLettersCommand),
+    /// Add the dead letters that the table lacks and their topic has. Safe to repeat, also while the consumer runs.
+    RebuildDeadLetters(Box<RebuildSettings>),
     /// Print the settings in force, or their reference.
     Config(ConfigCommand),
+    #[command(flatten)]
+    Operate(cli::Command),
 }
 
 #[derive(Debug, Clone, Args)]
@@ -82,18 +86,6 @@ pub struct ImportSettings {
     pub dir: PathBuf,
     #[command(flatten)]
     pub database: DatabaseSettings,
-}
-
-#[derive(Debug, Args)]
-pub struct DeadLettersCommand {
-    #[command(subcommand)]
-    pub what: DeadLetters,
-}
-
-#[derive(Debug, Subcommand)]
-pub enum DeadLetters {
-    /// Add the dead letters that the table lacks and their topic has. Safe to repeat, also while the consumer runs.
-    Rebuild(Box<RebuildSettings>),
 }
 
 #[derive(Debug, Args)]
@@ -438,6 +430,66 @@ mod tests {
             assert!(cells[2].len() > 2 && cells[4].len() > 20, "{line}");
         }
         assert!(!effective.to_text().contains("hunter2"), "{}", effective.to_text());
+    }
+
+    /// The command's own words of an example: what a pipe or a remark adds is not ours.
+    fn words(example: &str) -> Vec<String> {
+        let (mut words, mut word, mut quote) = (Vec::new(), String::new(), None);
+        for character in example.chars().chain([' ']) {
+            match (character, quote) {
+                ('\'', None) => quote = Some(character),
+                ('\'', Some(_)) => quote = None,
+                ('|', None) => break,
+                (' ', None) if word.is_empty() => {}
+                (' ', None) => words.push(std::mem::take(&mut word)),
+                _ => word.push(character),
+            }
+        }
+        words
+    }
+
+    fn examples(command: &clap::Command, path: &str, found: &mut Vec<String>) {
+        let help = command
+            .get_before_help()
+            .map(|help| help.to_string())
+            .unwrap_or_default();
+        let own: Vec<String> = help
+            .lines()
+            .filter(|line| !line.contains("DATABASE_URL="))
+            .filter_map(|line| line.find("commerce-consumer ").map(|start| line[start..].to_owned()))
+            .collect();
+        let asks_the_service = ["dead-letters", "redrives", "consumer", "held-keys", "actions"];
+        if path
+            .split(' ')
+            .nth(1)
+            .is_some_and(|noun| asks_the_service.contains(&noun))
+        {
+            assert!(own.len() >= 2, "{path} --help opens with {own:?}");
+            let after = command
+                .get_after_help()
+                .map(|help| help.to_string())
+                .unwrap_or_default();
+            assert!(after.contains("Exit codes"), "{path}");
+        }
+        found.extend(own);
+        for subcommand in command.get_subcommands() {
+            examples(subcommand, &format!("{path} {}", subcommand.get_name()), found);
+        }
+    }
+
+    #[test]
+    fn every_example_in_the_help_is_a_command() {
+        let mut found = Vec::new();
+        examples(&Cli::command(), "commerce-consumer", &mut found);
+        for example in found {
+            if example.contains("--config ") {
+                continue;
+            }
+            let words = words(&example).into_iter().map(OsString::from);
+            if let Err(error) = settings::parse_from::<Cli>(words) {
+                panic!("{example}: {error}");
+            }
+        }
     }
 
     #[test]

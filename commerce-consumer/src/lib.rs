@@ -26,6 +26,9 @@ pub mod tables;
 /// What commerce knows, over REST: orders, products, shipments. Read only.
 pub mod http;
 
+/// What operators do by command line, over that interface.
+pub mod cli;
+
 /// Takes over orders, lines and products, as they are before anything ships.
 pub mod import;
 

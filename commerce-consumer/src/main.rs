@@ -6,7 +6,8 @@ use anyhow::Context;
 use axum::Router;
 use commerce_consumer::{
     apply_shipment::ApplyShipment,
-    config::{Cli, Command, ConfigOutput, ConsumeSettings, DeadLetters, ImportSettings, MigrateSettings},
+    cli,
+    config::{Cli, Command, ConfigOutput, ConsumeSettings, ImportSettings, MigrateSettings},
     consume::{self, FloorWithoutLimit},
     http::{self, Admin, Api},
     import::{self, ImportError},
@@ -39,13 +40,12 @@ fn main() -> ExitCode {
         Command::Consume(settings) => consume(settings),
         Command::Migrate(settings) => migrate(&settings),
         Command::Import(settings) => import(&settings),
-        Command::DeadLetters(command) => match command.what {
-            DeadLetters::Rebuild(settings) => rebuild(&settings),
-        },
+        Command::RebuildDeadLetters(settings) => rebuild(&settings),
         Command::Config(command) => {
             show(command.what, &effective);
             Ok(ExitCode::SUCCESS)
         }
+        Command::Operate(command) => Ok(cli::run(&command)),
     };
     ended.unwrap_or_else(|error| {
         say(&format!("error: {error:#}"));

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something unexpected happens")]
 
 mod applying;
+mod cli;
+mod cli_repairs;
 mod consuming;
 mod importing;
 mod reading;
