@@ -1,6 +1,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use serde_json::{Map, Value};
+use shared_events::Rejection;
 use sqlx::{Connection, FromRow, PgConnection, PgPool, PgTransaction};
 use uuid::Uuid;
 
@@ -9,7 +10,7 @@ use crate::{
     failure::{Class, classify},
     handler::{Handler, IncomingEvent, Outcome, Position, Row},
     partition::failed,
-    process::{BatchError, apply},
+    process::{BatchError, ask_handler},
     table::Table,
 };
 
@@ -98,6 +99,10 @@ impl<H: Handler> DryRun<H> {
             Ok(envelope) => envelope,
             Err(rejection) => return Ok(without_effect(Outcome::DeadLetter(rejection.into()))),
         };
+        if !self.handler.takes(&envelope) {
+            let unknown = Rejection::UnknownType(envelope.event_type);
+            return Ok(without_effect(Outcome::DeadLetter(unknown.into())));
+        }
         let event = IncomingEvent {
             envelope,
             position: Position {
@@ -126,7 +131,7 @@ impl<H: Handler> DryRun<H> {
         let [event] = &events;
         let before = self.handler.rows(transaction, event).await;
         let before = before.map_err(BatchError::Handler)?;
-        let mut outcomes = apply(transaction, &self.handler, &events).await?;
+        let mut outcomes = ask_handler(&self.handler, transaction, &events).await?;
         let after = self.handler.rows(transaction, event).await;
         let after = after.map_err(BatchError::Handler)?;
         Ok(Tried {

@@ -268,11 +268,11 @@ impl<H: Handler> Process<H> {
     ) -> Result<Vec<Outcome>, BatchError> {
         let takes: Vec<bool> = events.iter().map(|event| self.handler.takes(&event.envelope)).collect();
         if takes.iter().all(|takes| *takes) {
-            return self.ask_handler(transaction, events).await;
+            return ask_handler(&self.handler, transaction, events).await;
         }
         let taken = events.iter().zip(&takes).filter(|(_, takes)| **takes);
         let taken: Vec<IncomingEvent> = taken.map(|(event, _)| event.clone()).collect();
-        let mut answers = self.ask_handler(transaction, &taken).await?.into_iter();
+        let mut answers = ask_handler(&self.handler, transaction, &taken).await?.into_iter();
         let outcome = |(event, takes): (&IncomingEvent, &bool)| {
             let answer = if *takes { answers.next() } else { None };
             answer.unwrap_or_else(|| match self.unknown_types {
@@ -283,29 +283,6 @@ impl<H: Handler> Process<H> {
             })
         };
         Ok(events.iter().zip(&takes).map(outcome).collect())
-    }
-
-    async fn ask_handler(
-        &self,
-        transaction: &mut PgTransaction<'_>,
-        events: &[IncomingEvent],
-    ) -> Result<Vec<Outcome>, BatchError> {
-        if events.is_empty() {
-            return Ok(Vec::new());
-        }
-        // After a panic nothing of the transaction is used: it is dropped and rolled back.
-        let outcomes = AssertUnwindSafe(self.handler.apply(transaction, events))
-            .catch_unwind()
-            .await
-            .map_err(|panic| BatchError::Panicked(panic_text(&*panic)))?
-            .map_err(BatchError::Handler)?;
-        if outcomes.len() != events.len() {
-            return Err(BatchError::WrongCount {
-                asked: events.len(),
-                answered: outcomes.len(),
-            });
-        }
-        Ok(outcomes)
     }
 
     /// What has to stand in the table for what did not take effect.
@@ -406,6 +383,30 @@ impl<H: Handler> Process<H> {
         }
         Ok(())
     }
+}
+
+/// The handler's answers, one for each event.
+pub(crate) async fn ask_handler<H: Handler>(
+    handler: &H,
+    transaction: &mut PgTransaction<'_>,
+    events: &[IncomingEvent],
+) -> Result<Vec<Outcome>, BatchError> {
+    if events.is_empty() {
+        return Ok(Vec::new());
+    }
+    // After a panic nothing of the transaction is used: it is dropped and rolled back.
+    let outcomes = AssertUnwindSafe(handler.apply(transaction, events))
+        .catch_unwind()
+        .await
+        .map_err(|panic| BatchError::Panicked(panic_text(&*panic)))?
+        .map_err(BatchError::Handler)?;
+    if outcomes.len() != events.len() {
+        return Err(BatchError::WrongCount {
+            asked: events.len(),
+            answered: outcomes.len(),
+        });
+    }
+    Ok(outcomes)
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
