@@ -10,7 +10,7 @@ use opentelemetry::{
 };
 use outbox::{AppendError, Hints, NewEvent, Outbox};
 use service_runtime::http::LATENCY_BUCKETS;
-use shared_events::envelope::truncate_to_micros;
+use shared_events::{envelope::truncate_to_micros, shipment::MAX_LINES};
 use sqlx::{Connection, PgConnection, PgPool, PgTransaction};
 use time::OffsetDateTime;
 use tokio::sync::Semaphore;
@@ -38,6 +38,8 @@ const UNIT_DEADLINE: Duration = Duration::from_secs(60);
 /// Units of work in progress. A client that hangs up frees its place in the HTTP limits while its work goes on, so the
 /// work has a limit of its own.
 const MAX_UNITS: usize = 1024;
+/// Lines of all shipments of one call: what one call may hold in memory (G7).
+const MAX_LINES_OF_A_CALL: usize = 100_000;
 
 /// Several shipments for one transaction: all or nothing.
 #[derive(Debug, Clone)]
@@ -94,6 +96,8 @@ pub enum ChangeError {
     KeyReused,
     #[error("the event would have {bytes} bytes, allowed are {limit}")]
     EventTooLarge { bytes: usize, limit: usize },
+    #[error("the shipments of this call have {lines} lines together, allowed are {MAX_LINES_OF_A_CALL}")]
+    TooManyLines { lines: i64 },
     #[error("too many changes are in progress")]
     Overloaded,
     #[error(transparent)]
@@ -322,6 +326,12 @@ impl Shared {
     ) -> Result<(Vec<Outcome>, Vec<NewEvent>), ChangeError> {
         let ids: BTreeSet<i64> = changes.iter().map(|change| change.id).collect();
         let ids: Vec<i64> = ids.into_iter().collect();
+        if ids.len() > MAX_LINES_OF_A_CALL / MAX_LINES {
+            let lines = shipments::count_lines(tx, &ids).await?;
+            if lines > MAX_LINES_OF_A_CALL as i64 {
+                return Err(ChangeError::TooManyLines { lines });
+            }
+        }
         let mut locked = shipments::lock(tx, &ids).await?;
         // After the locks: the wait for them is no part of the time of the decision.
         let occasion = self.occasion(traceparent);

@@ -20,7 +20,8 @@ impl From<sqlx::Error> for Fault {
             Error::Io(_) | Error::Tls(_) | Error::PoolTimedOut | Error::PoolClosed | Error::WorkerCrashed => {
                 Self::Unavailable(error)
             }
-            Error::BeginFailed => Self::Unavailable(error),
+            // Among others: a server that goes away while it is asked for TLS ("unexpected response from SSLRequest: 0x00").
+            Error::BeginFailed | Error::Protocol(_) => Self::Unavailable(error),
             Error::Database(database) => match database.code().as_deref().unwrap_or_default() {
                 // serialization_failure, deadlock_detected
                 "40001" | "40P01" => Self::Conflict(error),

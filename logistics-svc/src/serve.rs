@@ -114,7 +114,7 @@ async fn start(roles: Roles, telemetry: Telemetry) -> anyhow::Result<Started> {
     supervisor.spawn("schema", check_schema(schema.clone(), stop.clone()));
 
     let probe =
-        database::probe_pool("logistics-health", url, &roles.database.pool).context("LOGISTICS_DATABASE_URL")?;
+        database::single_pool("logistics-health", url, &roles.database.pool).context("LOGISTICS_DATABASE_URL")?;
     let operations = health(&roles, &probe, &schema, relay.as_ref())
         .routes()
         .merge(http::metrics_routes(telemetry));
@@ -135,8 +135,11 @@ async fn start(roles: Roles, telemetry: Telemetry) -> anyhow::Result<Started> {
         ChangeShipments::new(pool.clone(), outbox, hints, OffsetDateTime::now_utc)
     });
     let admin = Admin {
-        // Not the pool of the requests: counting a large outbox takes long.
-        operator: Operator::new(SCHEMA, probe.clone()),
+        // Counting a large outbox takes long: neither requests nor health checks wait for it.
+        operator: Operator::new(
+            SCHEMA,
+            database::single_pool("logistics-admin", url, &roles.database.pool).context("LOGISTICS_DATABASE_URL")?,
+        ),
         relay: relay.as_ref().map(Relay::status),
         mode: roles.source.relay_mode,
         grants,

@@ -2,7 +2,7 @@ use std::{str::FromStr, time::Duration};
 
 use clap::Args;
 use sqlx::{
-    ConnectOptions,
+    ConnectOptions, Executor,
     postgres::{PgConnectOptions, PgPool, PgPoolOptions},
 };
 
@@ -43,11 +43,12 @@ pub fn connect_options(
         ]))
 }
 
-/// A pool of one connection, for health checks alone: a service whose own pool is busy is busy, not unready.
+/// A pool of one connection, for a purpose that must neither wait for the requests nor hold them up: health checks (a service
+/// whose own pool is busy is busy, not unready), and what operators ask.
 ///
 /// # Errors
 /// A URL that does not parse.
-pub fn probe_pool(application: &str, url: &Secret, settings: &PoolSettings) -> Result<PgPool, sqlx::Error> {
+pub fn single_pool(application: &str, url: &Secret, settings: &PoolSettings) -> Result<PgPool, sqlx::Error> {
     pool(
         application,
         url,
@@ -67,5 +68,8 @@ pub fn pool(application: &str, url: &Secret, settings: &PoolSettings) -> Result<
         .max_connections(settings.database_max_connections)
         .acquire_timeout(settings.database_acquire_timeout)
         .max_lifetime(Duration::from_secs(30 * 60))
+        // A `begin` that is dropped half-way leaves a transaction that the driver knows nothing of; whoever got the
+        // connection next would work inside it, unseen by anybody else (HAZARDS H3, transact-rs/sqlx 4385).
+        .after_release(|connection, _| Box::pin(async move { connection.execute("ROLLBACK").await.map(|_| true) }))
         .connect_lazy_with(connect_options(application, url, settings)?))
 }

@@ -4,7 +4,7 @@ use axum::{
     Router,
     body::Bytes,
     extract::{FromRequest, MatchedPath, Request, State},
-    http::{HeaderName, HeaderValue, StatusCode, header},
+    http::{HeaderName, HeaderValue, Method, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -24,6 +24,7 @@ use uuid::Uuid;
 
 use crate::{
     problem::{self, Problem},
+    stalled::EndsWhenStalled,
     telemetry::{self, REQUEST_SPAN, TRACE_TARGET},
 };
 
@@ -45,6 +46,9 @@ pub struct HttpSettings {
     /// Longest time for a client to send its request head, e.g. `10s`; afterwards the connection is closed.
     #[arg(long, env = "HTTP_HEADER_TIMEOUT", default_value = "10s", value_parser = humantime::parse_duration)]
     pub http_header_timeout: Duration,
+    /// Longest time for a client to take nothing of its answer, e.g. `10s`; afterwards the connection is closed.
+    #[arg(long, env = "HTTP_WRITE_TIMEOUT", default_value = "10s", value_parser = humantime::parse_duration)]
+    pub http_write_timeout: Duration,
     /// Most requests in progress, counted; more get a 503 at once.
     #[arg(long, env = "HTTP_MAX_CONCURRENT_REQUESTS", default_value = "512")]
     pub http_max_concurrent_requests: usize,
@@ -155,7 +159,7 @@ async fn correlate(State(durations): State<Histogram<f64>>, request: Request, ne
     durations.record(
         started.elapsed().as_secs_f64(),
         &[
-            KeyValue::new("http.request.method", method.to_string()),
+            KeyValue::new("http.request.method", known_method(&method)),
             KeyValue::new("http.route", route),
             KeyValue::new("http.response.status_code", i64::from(status.as_u16())),
         ],
@@ -178,6 +182,20 @@ async fn correlate(State(durations): State<Histogram<f64>>, request: Request, ne
     }
     response.headers_mut().insert(REQUEST_ID.clone(), request_id);
     response
+}
+
+/// Any token is a method to HTTP; as the value of a label only those that are known may count (OpenTelemetry's `_OTHER`).
+fn known_method(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        _ => "_OTHER",
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -353,6 +371,7 @@ pub async fn serve(
         };
         let (stream, _peer, permit) = accepted;
         let service = TowerToHyperService::new(app.clone());
+        let stream = EndsWhenStalled::new(stream, settings.http_write_timeout);
         let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
             // A client that hangs up or talks nonsense ends its own connection and nothing else.

@@ -32,5 +32,8 @@ pub mod query;
 /// The HTTP server with its limits, and the extractors that name the field at fault.
 pub mod http;
 
+/// A connection that ends when its peer takes nothing.
+mod stalled;
+
 /// Named tasks: the first failure stops the process, a signal drains it within a deadline.
 pub mod supervise;

@@ -216,3 +216,48 @@ async fn every_route_is_in_the_specification_and_every_specified_path_is_a_route
         );
     }
 }
+
+/// HAZARDS H3 for reads: a client that hangs up while BEGIN is under way must not leave a connection inside its snapshot, in
+/// which the next one would see what is long past.
+#[tokio::test(flavor = "multi_thread")]
+async fn h3_two_thousand_cancelled_reads_leave_no_connection_inside_a_snapshot() {
+    let stage = Stage::with_sample().await;
+    let pool = stage.service_pool();
+    let Defaults { http, group } = Defaults::parse_from(["test"]);
+    let engine = consume::engine(&group, pool.clone(), ClientConfig::new()).unwrap();
+    let api = Api {
+        pool: pool.clone(),
+        group: "commerce".to_owned(),
+    };
+    let app = http::app(api, stage.admin(&engine), Router::new(), &http);
+    let mut cancelled = 0;
+    for number in 0..2_000_u32 {
+        let request = Request::get("/v1/orders/10248").body(Body::empty()).unwrap();
+        let read = tokio::spawn(app.clone().oneshot(request));
+        for _ in 0..number % 40 {
+            tokio::task::yield_now().await;
+        }
+        read.abort();
+        cancelled += u32::from(read.await.is_err());
+        if number % 20 == 19 {
+            stage
+                .as_owner("UPDATE commerce.products SET name = name || '!' WHERE sku = '1'")
+                .await;
+            let now = stage
+                .number("SELECT length(name)::bigint FROM commerce.products WHERE sku = '1'")
+                .await;
+            for _ in 0..8 {
+                let seen: i64 =
+                    sqlx::query_scalar("SELECT length(name)::bigint FROM commerce.products WHERE sku = '1'")
+                        .fetch_one(&pool)
+                        .await
+                        .unwrap();
+                assert_eq!(
+                    seen, now,
+                    "a connection stands in an old snapshot, after {cancelled} cancelled reads"
+                );
+            }
+        }
+    }
+    assert!(cancelled > 200, "only {cancelled} of 2,000 reads were cancelled");
+}

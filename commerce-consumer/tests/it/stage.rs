@@ -15,7 +15,7 @@ use devstack::{
 };
 use inbox::{Engine, Outcome};
 use samples::northwind::{self, Northwind};
-use service_runtime::{auth::AuthSettings, schema, settings::Secret};
+use service_runtime::{auth::AuthSettings, database::PoolSettings, schema, settings::Secret};
 use shared_events::{
     Envelope, Payload,
     envelope::Fact,
@@ -40,6 +40,12 @@ pub(crate) const OPERATOR_TOKEN: &str = "operator-token-0123456789";
 struct Tokens {
     #[command(flatten)]
     auth: AuthSettings,
+}
+
+#[derive(Parser)]
+struct Pool {
+    #[command(flatten)]
+    pool: PoolSettings,
 }
 
 pub(crate) struct Stage {
@@ -100,6 +106,13 @@ impl Stage {
             grants: Tokens::parse_from(["test", &tokens]).auth.grants().unwrap(),
             letters_retention: Duration::from_secs(24 * 60 * 60),
         }
+    }
+
+    /// As the service itself opens it.
+    pub(crate) fn service_pool(&self) -> PgPool {
+        let url: Secret = self.database.url_for(COMMERCE).unwrap().parse().unwrap();
+        let Pool { pool } = Pool::parse_from(["test"]);
+        service_runtime::database::pool("commerce-consumer", &url, &pool).unwrap()
     }
 
     /// Connections of the service's role with other settings of the planner.

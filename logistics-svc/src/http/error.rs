@@ -80,6 +80,7 @@ impl From<ChangeError> for Problem {
                 &problem::TOO_LARGE,
                 format!("{error}; use fewer lines or shorter texts"),
             ),
+            ChangeError::TooManyLines { .. } => Self::invalid_field("/ids", format!("{error}; split the call")),
             ChangeError::Overloaded => Self::new(&problem::OVERLOADED, "too many changes are in progress"),
             ChangeError::OutcomeUnknown(_) => Self::new(
                 &OUTCOME_UNKNOWN,

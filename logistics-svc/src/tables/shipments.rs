@@ -112,16 +112,24 @@ pub async fn lock(tx: &mut PgTransaction<'_>, ids: &[i64]) -> Result<HashMap<i64
         .map(|row| {
             let lines = lines
                 .remove(&row.id)
-                .ok_or_else(|| sqlx::Error::Protocol(format!("shipment {} has no lines", row.id)))?;
+                .ok_or_else(|| sqlx::Error::Decode(format!("shipment {} has no lines", row.id).into()))?;
             Ok((row.id, row.into_shipment(lines)?))
         })
         .collect()
 }
 
+/// How many lines these shipments have together; what [`lock`] would load.
+pub async fn count_lines(tx: &mut PgTransaction<'_>, ids: &[i64]) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("SELECT count(*) FROM logistics.shipment_lines WHERE shipment_id = ANY($1)")
+        .bind(ids)
+        .fetch_one(&mut **tx)
+        .await
+}
+
 /// Writes the new state of shipments that [`lock`] has locked.
 ///
 /// # Errors
-/// `Protocol` if a sequence would not move forward: somebody has written past the lock.
+/// `Decode` if a sequence would not move forward: somebody has written past the lock.
 pub async fn update(tx: &mut PgTransaction<'_>, shipments: &[&Shipment]) -> Result<(), sqlx::Error> {
     if shipments.is_empty() {
         return Ok(());
@@ -169,7 +177,7 @@ pub async fn update(tx: &mut PgTransaction<'_>, shipments: &[&Shipment]) -> Resu
             "{updated:?} for {} shipments: one was changed past its lock",
             shipments.len()
         );
-        return Err(sqlx::Error::Protocol(message));
+        return Err(sqlx::Error::Decode(message.into()));
     }
     Ok(())
 }

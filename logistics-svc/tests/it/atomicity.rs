@@ -1,8 +1,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
+use tokio::{io::AsyncReadExt, net::TcpListener};
 
-use crate::service::{TestService, new_shipment};
+use crate::service::{TestService, new_shipment, service_pool, test_database};
 
 /// An event of more than 40,000 bytes, above the test's limit, of fields that are each allowed.
 fn too_large() -> Value {
@@ -143,5 +144,28 @@ async fn g1_holds_while_connections_are_cut_at_random() {
             .unwrap();
         let (status,) = status.unwrap_or_else(|| panic!("shipment {id} was acknowledged and is gone"));
         assert!(!completed || status == "completed", "shipment {id} is {status}");
+    }
+}
+
+/// A server that is being stopped answers the question for TLS with the end of the connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_hangs_up_during_the_greeting_is_away_and_no_defect() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("postgres://nobody@{}/none", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut question = [0; 8];
+            stream.read_exact(&mut question).await.unwrap();
+        }
+    });
+    let service = TestService::over(test_database().await.unwrap(), service_pool(&url).unwrap())
+        .await
+        .unwrap();
+    for answer in [
+        service.post("/v1/shipments", new_shipment("10248")).await,
+        service.get("/v1/shipments/1").await,
+    ] {
+        assert_eq!(answer.status.as_u16(), 503, "{}", answer.text);
+        assert_eq!(answer.json()["code"], "unavailable");
     }
 }

@@ -95,6 +95,7 @@ pub(crate) fn http_settings() -> HttpSettings {
         http_max_body_bytes: 1_000_000,
         http_timeout: Duration::from_secs(30),
         http_header_timeout: Duration::from_secs(5),
+        http_write_timeout: Duration::from_secs(5),
         http_max_concurrent_requests: 512,
         http_max_connections: 1024,
     }

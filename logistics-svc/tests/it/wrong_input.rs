@@ -270,3 +270,24 @@ async fn g9_wrong_input_is_named_and_changes_nothing() {
         assert_eq!(service.state().await, before, "changed by {case}");
     }
 }
+
+/// G7: what one call may hold in memory.
+#[tokio::test]
+async fn g9_a_call_whose_shipments_have_too_many_lines_together_is_refused() {
+    let service = TestService::start().await;
+    let ids = service.create(201).await;
+    sqlx::query(
+        "INSERT INTO logistics.shipment_lines (shipment_id, sku, quantity)
+         SELECT id, 'many ' || number, 1 FROM logistics.shipments, generate_series(1, 498) AS number",
+    )
+    .execute(&service.owner)
+    .await
+    .unwrap();
+    let before = service.state().await;
+    let answer = service.post("/v1/shipments/complete", json!({ "ids": ids })).await;
+    assert_eq!(answer.status.as_u16(), 422, "{}", answer.text);
+    assert_eq!(answer.json()["errors"][0]["pointer"], "/ids");
+    assert_eq!(service.state().await, before);
+    let fewer = service.post("/v1/shipments/complete", json!({ "ids": ids[1..] })).await;
+    assert_eq!(fewer.json()["counts"]["completed"], 200, "{}", fewer.text);
+}

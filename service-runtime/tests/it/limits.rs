@@ -49,6 +49,7 @@ async fn start(arguments: &[&str]) -> Server {
                 }
             }),
         )
+        .route("/large", get(|| async { vec![b'x'; 64 << 20] }))
         .route(
             "/wait",
             get({
@@ -198,6 +199,16 @@ async fn a_half_sent_head_loses_its_connection() {
     let mut rest = Vec::new();
     let closed = timeout(DEADLINE, socket.read_to_end(&mut rest)).await;
     assert!(closed.is_ok(), "the connection is still open");
+}
+
+/// HAZARDS H76: one that never reads would keep its connection, here the only one, from everybody else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_takes_nothing_of_its_answer_loses_its_connection() {
+    let server = start(&["--http-max-connections=1", "--http-write-timeout=100ms"]).await;
+    let mut deaf = TcpStream::connect(server.address).await.unwrap();
+    deaf.write_all(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let other = timeout(DEADLINE, reqwest::get(server.url("/health/live"))).await;
+    assert_eq!(other.expect("its turn comes").unwrap().text().await.unwrap(), "live");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
