@@ -372,14 +372,14 @@ impl<H: Handler> Process<H> {
         // A key that is only just held may pass the bound by this batch: refused, it could never be seen and settled.
         let held_before = counts.into_iter().filter(|(key, _)| held.contains_key(key));
         let fullest = held_before.max_by_key(|(_, parked)| *parked);
-        if let Some(((aggregate_type, aggregate_id), parked)) = fullest {
-            if parked > i64::from(limits.most_per_key) {
-                return Err(BatchError::KeyFull {
-                    aggregate_type,
-                    aggregate_id,
-                    most: limits.most_per_key,
-                });
-            }
+        if let Some(((aggregate_type, aggregate_id), parked)) = fullest
+            && parked > i64::from(limits.most_per_key)
+        {
+            return Err(BatchError::KeyFull {
+                aggregate_type,
+                aggregate_id,
+                most: limits.most_per_key,
+            });
         }
         Ok(())
     }
