@@ -122,6 +122,9 @@ impl Table {
     /// # Errors
     /// Any database error; the transaction is then of no use.
     pub async fn release(&self, transaction: &mut PgTransaction<'_>, ids: &[Uuid]) -> Result<(), sqlx::Error> {
+        if ids.is_empty() {
+            return Ok(());
+        }
         sqlx::query(AssertSqlSafe(Arc::clone(&self.release)))
             .bind(&*self.consumer)
             .bind(ids)
