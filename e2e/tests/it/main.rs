@@ -2,6 +2,9 @@
 #![allow(clippy::print_stdout, reason = "figures of a run are part of its result")]
 
 mod bad_records;
+// A release build has no crash points.
+#[cfg(debug_assertions)]
+mod crash_points;
 mod debezium;
 mod documents;
 mod faults;
