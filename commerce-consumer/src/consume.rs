@@ -56,6 +56,7 @@ pub fn engine(
                 config::GroupProtocol::Consumer => GroupProtocol::Consumer,
             },
             instance_id: settings.membership.group_instance_id.0.clone(),
+            poll_interval: None,
         },
         unknown_types,
         ordering: ordering(&settings.ordering),

@@ -13,6 +13,9 @@ pub mod client;
 /// Orders to ship, and clients that ship them and write down what they were promised.
 pub mod workload;
 
+/// Events put into the topic without a relay, and what they must have done to commerce.
+pub mod feed;
+
 /// Everything a topic holds, read from its beginning.
 pub mod topic;
 
@@ -23,7 +26,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Waits until `holds`, looking every 20 ms.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Waits until `holds`, looking every 20 ms; less often if a look takes long, so that it is no load of its own.
 ///
 /// # Errors
 /// What was waited for, when `deadline` passes.
@@ -33,9 +38,12 @@ pub async fn wait_for(
     mut holds: impl AsyncFnMut() -> anyhow::Result<bool>,
 ) -> anyhow::Result<()> {
     let end = Instant::now() + deadline;
-    while !holds().await? {
+    loop {
+        let start = Instant::now();
+        if holds().await? {
+            return Ok(());
+        }
         anyhow::ensure!(Instant::now() < end, "waited {deadline:?} for {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(LOOK.max(5 * start.elapsed())).await;
     }
-    Ok(())
 }

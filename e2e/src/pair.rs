@@ -19,7 +19,7 @@ pub enum Role {
     OtherRelay,
     /// API and relay in one process, on the API's port.
     ApiAndRelay,
-    /// Instance 0, 1 or 2 of the consumer.
+    /// One of the consumer's instances, from 0 to below [`CONSUMERS`](crate::place::CONSUMERS).
     Consumer(usize),
 }
 
@@ -84,6 +84,18 @@ impl Running {
             .with_context(|| format!("{:?}", self.role))
     }
 
+    /// Waits until the process answers at all.
+    ///
+    /// # Errors
+    /// If it ends or does not answer in time.
+    pub async fn live(&mut self) -> anyhow::Result<()> {
+        let url = self.url("/health/live");
+        self.service
+            .wait_ready(&url, READY_DEADLINE)
+            .await
+            .with_context(|| format!("{:?}", self.role))
+    }
+
     pub fn url(&self, path: &str) -> String {
         format!("http://127.0.0.1:{}{path}", self.port)
     }
@@ -101,6 +113,18 @@ impl Running {
             self.service.log()?
         );
         Ok(())
+    }
+
+    /// A counter of the process, over all its labels; 0 if it has not counted yet.
+    ///
+    /// # Errors
+    /// If the process does not answer.
+    pub async fn counter(&self, name: &str) -> anyhow::Result<f64> {
+        let metrics = reqwest::get(self.url("/metrics")).await?.text().await?;
+        let lines = metrics.lines().filter(|line| line.starts_with(name));
+        Ok(lines
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum())
     }
 
     /// Resident memory in KiB.

@@ -14,6 +14,8 @@ pub const RETRY_DELAYS: &str = "300ms,600ms,900ms";
 pub const TIERS: usize = 3;
 /// As in production.
 pub const PARTITIONS: i32 = 12;
+/// Most instances of the consumer.
+pub const CONSUMERS: usize = 8;
 
 const MIGRATION_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -28,7 +30,7 @@ pub struct Place {
     pub api_port: u16,
     pub relay_port: u16,
     pub other_relay_port: u16,
-    pub consumer_ports: [u16; 3],
+    pub consumer_ports: Vec<u16>,
     pub topics: TestTopics,
     // Dropped last: what runs in it is gone by then.
     _database: Option<TestDatabase>,
@@ -40,8 +42,16 @@ impl Place {
     /// # Errors
     /// If the servers are not there.
     pub async fn shared() -> anyhow::Result<Self> {
+        Self::with_partitions(PARTITIONS).await
+    }
+
+    /// The same, with so many partitions in each topic.
+    ///
+    /// # Errors
+    /// If the servers are not there.
+    pub async fn with_partitions(partitions: i32) -> anyhow::Result<Self> {
         let servers = TestServers::from_env()?;
-        let topics = TestTopics::create(&servers, TIERS, PARTITIONS).await?;
+        let topics = TestTopics::create(&servers, TIERS, partitions).await?;
         // Migrated by the services themselves, as in production: the template only saves doing it for each test.
         let database = TestDatabase::create(&servers, "pair", &build_fingerprint()?, migrate).await?;
         Self::new(
@@ -89,7 +99,7 @@ impl Place {
             api_port: free_port()?,
             relay_port: free_port()?,
             other_relay_port: free_port()?,
-            consumer_ports: [free_port()?, free_port()?, free_port()?],
+            consumer_ports: (0..CONSUMERS).map(|_| free_port()).collect::<Result<_, _>>()?,
             topics,
             _database: database,
         })

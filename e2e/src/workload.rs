@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::Context;
 use serde_json::{Value, json};
+use shared_events::shipment::Line;
 use sqlx::PgPool;
 use tokio::{task::JoinSet, time::MissedTickBehavior};
 
@@ -66,6 +67,14 @@ pub async fn prepare_orders(owner: &PgPool, orders: i64) -> anyhow::Result<()> {
     .execute(owner)
     .await?;
     Ok(())
+}
+
+/// A line of a prepared order, 0 or 1.
+pub fn line_of(order: i64, line: i64) -> Line {
+    Line {
+        sku: format!("s{}", 1 + (order + line) % PRODUCTS),
+        quantity: 10,
+    }
 }
 
 /// Stock of each product when [`prepare_orders`] is done.

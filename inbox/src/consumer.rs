@@ -25,6 +25,8 @@ use crate::{
 const POLL: Duration = Duration::from_millis(20);
 /// Between two rounds of storing offsets and resuming partitions.
 const ROUND: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_secs(300);
+
 pub(crate) type GroupConsumer = BaseConsumer<Group>;
 
 /// Everything is set, so that no default of a library version decides.
@@ -42,9 +44,10 @@ pub(crate) fn consumer_config(client_config: &ClientConfig, group: &str, members
     if let Some(id) = &membership.instance_id {
         config.set("group.instance.id", id);
     }
+    let poll_interval = membership.poll_interval.unwrap_or(POLL_INTERVAL);
     config
         .set("group.id", group)
-        .set("max.poll.interval.ms", "300000")
+        .set("max.poll.interval.ms", poll_interval.as_millis().to_string())
         // Offsets are stored by hand after their work is durable; the library only carries them to the broker.
         .set("enable.auto.commit", "true")
         .set("auto.commit.interval.ms", "1000")

@@ -84,6 +84,9 @@ pub struct Membership {
     /// The same name after a restart gets the same partitions again without a rebalance, if it is back within the session
     /// timeout (KIP-345). No two instances may have the same.
     pub instance_id: Option<String>,
+    /// A member that does not poll for so long loses its partitions; `None`: 5 minutes. The poll thread never waits for the
+    /// work, so only a test has a reason to shorten it. At least the session timeout, 10 seconds.
+    pub poll_interval: Option<Duration>,
 }
 
 /// Who decides about partitions.

@@ -29,6 +29,7 @@ struct State {
     backlog: VecDeque<(Instant, i64)>,
     held: Option<Vec<(KeyState, i64, i64)>>,
     lost: u64,
+    rebalances: u64,
 }
 
 /// A moment's view of a [`Status`].
@@ -52,6 +53,8 @@ pub struct Snapshot {
     pub held: Option<Vec<(KeyState, i64, i64)>>,
     /// Records that were deleted from their topic before this instance had read them, since it started.
     pub lost: u64,
+    /// Changes of the partitions owned, since it started.
+    pub rebalances: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -98,6 +101,7 @@ impl Status {
             drain_seconds: drain_seconds(&state.backlog),
             held: state.held.clone(),
             lost: state.lost,
+            rebalances: state.rebalances,
         }
     }
 
@@ -121,6 +125,7 @@ impl Status {
         state.backlog.clear();
         state.lanes = lanes;
         state.joined = true;
+        state.rebalances += 1;
     }
 
     /// A worker cannot go on because of database or broker.

@@ -1,21 +1,13 @@
 use std::{collections::HashMap, time::Duration};
 
 use e2e::{
+    feed::{self, completed, created, envelope},
     pair::{Role, Running},
     place::{Place, TIERS},
     topic, wait_for, workload,
 };
-use rdkafka::{
-    ClientConfig,
-    producer::{BaseRecord, Producer, ThreadedProducer},
-};
-use shared_events::{
-    Envelope, Payload,
-    envelope::Fact,
-    headers::Redirect,
-    shipment::{AGGREGATE_TYPE, Line, ShipmentCompleted, ShipmentCreated},
-};
-use time::OffsetDateTime;
+use rdkafka::producer::{BaseRecord, Producer};
+use shared_events::{headers::Redirect, shipment::Line};
 use uuid::Uuid;
 
 const GOOD: i64 = 10_000;
@@ -62,11 +54,7 @@ async fn bad_records_become_dead_letters_and_hold_nobody_up() -> anyhow::Result<
         })
         .collect::<anyhow::Result<_>>()?;
 
-    let producer: ThreadedProducer<_> = ClientConfig::new()
-        .set("bootstrap.servers", &place.brokers)
-        .set("partitioner", "murmur2_random")
-        .set("enable.idempotence", "true")
-        .create()?;
+    let producer = feed::producer(&place)?;
     let send = |key: Option<&str>, value: &[u8]| -> anyhow::Result<()> {
         let mut record = BaseRecord::<str, [u8]>::to(place.topics.main()).payload(value);
         record.key = key;
@@ -145,38 +133,6 @@ async fn bad_records_become_dead_letters_and_hold_nobody_up() -> anyhow::Result<
         2 * BAD
     );
     Ok(())
-}
-
-fn envelope<P: Payload>(key: &str, sequence: i64, payload: &P) -> anyhow::Result<String> {
-    let fact = Fact {
-        aggregate_type: AGGREGATE_TYPE,
-        aggregate_id: key.to_owned(),
-        sequence,
-        transaction_key: Uuid::now_v7(),
-        timestamp: OffsetDateTime::now_utc(),
-    };
-    Ok(Envelope::new(Uuid::now_v7(), fact, payload)?.encode()?)
-}
-
-fn created(order: &str, lines: &[Line]) -> ShipmentCreated {
-    ShipmentCreated {
-        order_id: order.to_owned(),
-        warehouse: "main".to_owned(),
-        carrier: "Speedy".to_owned(),
-        lines: lines.to_vec(),
-        created_at: OffsetDateTime::now_utc(),
-    }
-}
-
-fn completed(order: &str, lines: &[Line]) -> ShipmentCompleted {
-    ShipmentCompleted {
-        order_id: order.to_owned(),
-        warehouse: "main".to_owned(),
-        carrier: "Speedy".to_owned(),
-        tracking_number: "t".to_owned(),
-        lines: lines.to_vec(),
-        completed_at: OffsetDateTime::now_utc(),
-    }
 }
 
 /// Bytes of five kinds that are not an envelope, each different.

@@ -12,7 +12,8 @@ use e2e::{
     place::Place,
     workload,
 };
-use uuid::Uuid;
+
+use crate::random::Random;
 
 /// How long a client tries for an answer: longer than any outage here.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -51,7 +52,7 @@ const FAULTS: [Fault; 10] = [
 async fn crashes_of_every_process_and_server_lose_double_and_reorder_nothing() -> anyhow::Result<()> {
     let times = if std::env::var_os("E2E_FULL").is_some() { 10 } else { 1 };
     let mut random = Random::new();
-    println!("seed {}", random.0);
+    println!("seed {}", random.seed());
 
     let mut postgres = PrivatePostgres::start().await?;
     let mut kafka = PrivateKafka::start().await?;
@@ -154,28 +155,4 @@ async fn crashes_of_every_process_and_server_lose_double_and_reorder_nothing() -
     .await?;
     assert_eq!(stock, 0, "products whose sellable stock is not what came back");
     Ok(())
-}
-
-/// xorshift64*: a seed that is printed, so that the order of faults can be told from it.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        let seed = std::env::var("E2E_SEED").ok().and_then(|text| text.parse().ok());
-        Self(seed.unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0 | 1))
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % limit
-    }
-
-    fn shuffle<T>(&mut self, list: &mut [T]) {
-        for position in (1..list.len()).rev() {
-            let other = self.below(position as u64 + 1) as usize;
-            list.swap(position, other);
-        }
-    }
 }

@@ -1,22 +1,14 @@
 use std::time::Duration;
 
 use e2e::{
+    feed,
     pair::{Role, Running},
     place::Place,
-    wait_for,
+    wait_for, workload,
 };
-use rdkafka::{
-    ClientConfig,
-    producer::{BaseRecord, Producer, ThreadedProducer},
-};
-use shared_events::{
-    Envelope,
-    envelope::Fact,
-    shipment::{AGGREGATE_TYPE, Line, ShipmentCreated},
-};
+use rdkafka::producer::{BaseRecord, Producer};
+use shared_events::shipment::Line;
 use sqlx::PgPool;
-use time::OffsetDateTime;
-use uuid::Uuid;
 
 const LIMIT: i64 = 2_000;
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -34,7 +26,7 @@ async fn the_rate_at_the_table_stays_below_the_limit_with_one_and_with_three_ins
     for instances in [1, 3] {
         let place = Place::shared().await?;
         let owner = place.owner_pool()?;
-        e2e::workload::prepare_orders(&owner, 1_000).await?;
+        workload::prepare_orders(&owner, 1_000).await?;
         fill(&place, backlog).await?;
 
         let limit = LIMIT.to_string();
@@ -54,7 +46,10 @@ async fn the_rate_at_the_table_stays_below_the_limit_with_one_and_with_three_ins
             Ok(applied(&owner).await? >= backlog)
         })
         .await?;
-        let rebalances = rebalances(&consumers).await?;
+        let mut rebalances = 0.0;
+        for consumer in &consumers {
+            rebalances += consumer.counter("inbox_rebalances_total").await?;
+        }
         for consumer in consumers {
             consumer.stop().await?;
         }
@@ -92,47 +87,16 @@ async fn applied(owner: &PgPool) -> anyhow::Result<i64> {
         .await?)
 }
 
-async fn rebalances(consumers: &[Running]) -> anyhow::Result<f64> {
-    let mut sum = 0.0;
-    for consumer in consumers {
-        let metrics = reqwest::get(consumer.url("/metrics")).await?.text().await?;
-        let lines = metrics
-            .lines()
-            .filter(|line| line.starts_with("inbox_rebalances_total"));
-        sum += lines
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum::<f64>();
-    }
-    Ok(sum)
-}
-
 async fn fill(place: &Place, backlog: i64) -> anyhow::Result<()> {
-    let producer: ThreadedProducer<_> = ClientConfig::new()
-        .set("bootstrap.servers", &place.brokers)
-        .set("partitioner", "murmur2_random")
-        .set("queue.buffering.max.messages", "1000000")
-        .set("linger.ms", "5")
-        .create()?;
+    let producer = feed::producer(place)?;
     for number in 0..backlog {
         let key = format!("s-{number}");
-        let payload = ShipmentCreated {
-            order_id: (1 + number % 1_000).to_string(),
-            warehouse: "main".to_owned(),
-            carrier: "Speedy".to_owned(),
-            lines: vec![Line {
-                sku: format!("s{}", 1 + (1 + number % 1_000) % 20),
-                quantity: 1,
-            }],
-            created_at: OffsetDateTime::now_utc(),
+        let order = 1 + number % 1_000;
+        let line = Line {
+            quantity: 1,
+            ..workload::line_of(order, 0)
         };
-        let fact = Fact {
-            aggregate_type: AGGREGATE_TYPE,
-            aggregate_id: key.clone(),
-            sequence: 1,
-            transaction_key: Uuid::now_v7(),
-            timestamp: OffsetDateTime::now_utc(),
-        };
-        let value = Envelope::new(Uuid::now_v7(), fact, &payload)?.encode()?;
+        let value = feed::envelope(&key, 1, &feed::created(&order.to_string(), &[line]))?;
         let record = BaseRecord::to(place.topics.main()).key(&key).payload(&value);
         producer.send(record).map_err(|(error, _)| error)?;
     }

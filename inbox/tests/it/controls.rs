@@ -154,6 +154,7 @@ async fn a_named_instance_that_comes_back_in_time_has_its_partitions_without_a_r
         let name = |id: &str| Membership {
             protocol,
             instance_id: Some(id.to_owned()),
+            poll_interval: None,
         };
         stage.membership = name("a");
         let a = stage.engine().await;

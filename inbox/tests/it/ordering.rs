@@ -213,34 +213,6 @@ async fn at_the_bound_in_all_what_settles_a_key_passes_what_has_to_wait() {
     assert_eq!(stage.number("SELECT count(*) FROM t.held_keys").await, 0);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn one_bad_event_in_a_batch_of_500_leaves_499_in_the_same_pass() {
-    let stage = Stage::new(&[]).await;
-    // One partition, so that they stand in one batch.
-    let mut all = (1..=500)
-        .map(|sequence| event(EFFECT, "one", sequence))
-        .collect::<Vec<_>>();
-    all[250] = event(SQL_ERROR, "another", 1);
-    for envelope in &all {
-        let value = envelope.encode().unwrap();
-        stage
-            .send(
-                Some(envelope.aggregate_id.as_bytes()),
-                Some(value.as_bytes()),
-                Some(0),
-                &[],
-            )
-            .await;
-    }
-    let engine = stage.engine().await;
-    until("the good ones", async || stage.effects().await == 499).await;
-    until("the dead letter", async || stage.dead_letters().len() == 1).await;
-    engine.stop().await;
-    let calls = stage.notes.calls.load(atomic::Ordering::Relaxed);
-    println!("{calls} calls of the handler for one bad event in 500");
-    assert!(calls <= 25, "{calls} calls: the batch was not halved");
-}
-
 /// Each event fails at random: for a while, for ever and holding its key, for ever and releasing it, by an error of the whole
 /// batch, by a panic; and the engines come and go.
 #[tokio::test(flavor = "multi_thread")]

@@ -86,6 +86,8 @@ pub(crate) struct Notes {
     passed_over: Arc<Mutex<Vec<Uuid>>>,
     /// It takes every type.
     pub(crate) upgraded: Arc<AtomicBool>,
+    /// Events in the largest of them.
+    pub(crate) largest: Arc<AtomicUsize>,
 }
 
 impl Notes {
@@ -134,6 +136,7 @@ impl Handler for Notes {
         events: &[IncomingEvent],
     ) -> Result<Vec<Outcome>, HandlerError> {
         self.calls.fetch_add(1, atomic::Ordering::Relaxed);
+        self.largest.fetch_max(events.len(), atomic::Ordering::Relaxed);
         let mut outcomes = Vec::new();
         let mut effects: Vec<&Envelope> = Vec::new();
         for IncomingEvent { envelope, .. } in events {
@@ -425,15 +428,21 @@ impl Stage {
 
     /// All together, in order per key.
     pub(crate) async fn send_events(&self, envelopes: impl IntoIterator<Item = &Envelope>) {
+        self.send_events_to(None, envelopes).await;
+    }
+
+    /// The same, and into this partition.
+    pub(crate) async fn send_events_to(&self, partition: Option<i32>, envelopes: impl IntoIterator<Item = &Envelope>) {
         let values: Vec<(&Envelope, String)> = envelopes
             .into_iter()
             .map(|envelope| (envelope, envelope.encode().unwrap()))
             .collect();
         for chunk in values.chunks(5_000) {
             let sends = chunk.iter().map(|(envelope, value)| {
-                let record = FutureRecord::to(self.topics.main())
+                let mut record = FutureRecord::to(self.topics.main())
                     .key(&envelope.aggregate_id)
                     .payload(value);
+                record.partition = partition;
                 self.producer.send_result(record).map_err(|(error, _)| error).unwrap()
             });
             for report in try_join_all(sends.collect::<Vec<_>>()).await.unwrap() {

@@ -1,0 +1,41 @@
+use std::time::{Duration, Instant};
+
+use inbox::Rate;
+
+use crate::stage::{PARTITIONS, Stage, events, until};
+
+/// What a member may take between two polls.
+const POLL_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The interval passes more than twice, in the full run twelve times, while the queues are full and nearly nothing is granted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_that_waits_for_the_rate_limit_moves_no_partition() {
+    let full = std::env::var_os("E2E_FULL").is_some();
+    let time = Duration::from_secs(if full { 120 } else { 25 });
+    let mut stage = Stage::new(&[]).await;
+    stage.rate = Rate::PerSecond(1.try_into().unwrap());
+    stage.membership.poll_interval = Some(POLL_INTERVAL);
+    stage.send_events(&events(10_000, 600)).await;
+    let engine = stage.engine().await;
+    until("its partitions", async || {
+        engine.status.snapshot().partitions.len() == PARTITIONS as usize
+    })
+    .await;
+
+    let (start, joined) = (Instant::now(), engine.status.snapshot().rebalances);
+    while start.elapsed() < time {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let now = engine.status.snapshot();
+        let after = start.elapsed();
+        assert_eq!(now.rebalances, joined, "a rebalance after {after:?}");
+        assert_eq!(now.partitions.len(), PARTITIONS as usize, "after {after:?}");
+    }
+    let effects = stage.effects().await;
+    engine.stop().await;
+    println!("{effects} of 10000 events in {time:?}, no rebalance after the one that joined");
+    let seconds = time.as_secs() as i64;
+    assert!(
+        (seconds - 5..=seconds + 5).contains(&effects),
+        "{effects} effects in {time:?}"
+    );
+}
