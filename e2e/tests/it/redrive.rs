@@ -17,21 +17,20 @@ use tokio::time::Instant;
 const DEADLINE: Duration = Duration::from_secs(1_200);
 const TOKEN: &str = "a-token-of-a-test";
 const CANARY: i64 = 50;
-const LIVE_ORDERS: i64 = 200_000;
 
 /// 2,000 dead letters in 6 groups; in the full run 100,000 in 60.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redrive_that_is_killed_goes_on_with_one_effect_for_each_letter_while_live_events_keep_their_rate()
 -> anyhow::Result<()> {
     let full = std::env::var_os("E2E_FULL").is_some();
-    let (letters, groups, live_rate, window) = if full {
-        (100_000, 60, 200, Duration::from_secs(20))
+    let (letters, groups, live_rate, live_orders, window) = if full {
+        (100_000, 60, 200, 200_000, Duration::from_secs(20))
     } else {
-        (2_000, 6, 100, Duration::from_secs(2))
+        (2_000, 6, 100, 10_000, Duration::from_secs(2))
     };
     let place = Place::shared().await?;
     let owner = place.owner_pool()?;
-    workload::prepare_orders(&owner, LIVE_ORDERS).await?;
+    workload::prepare_orders(&owner, live_orders).await?;
     let mut consumer = start(&place).await?;
     let started = Instant::now();
     kill_letters(&place, &owner, letters, groups).await?;
@@ -55,7 +54,7 @@ async fn a_redrive_that_is_killed_goes_on_with_one_effect_for_each_letter_while_
         before.len()
     );
 
-    let feed = Feed::start(&place, live_rate, LIVE_ORDERS)?;
+    let feed = Feed::start(&place, live_rate, live_orders)?;
     wait_for("the first live events", DEADLINE, async || {
         Ok(feed::applied(&owner).await? > 0)
     })
