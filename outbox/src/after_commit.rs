@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     append::NewEvent,
-    delivery::{Delivery, DeliveryError, Handed, Records},
+    delivery::{Delivery, DeliveryError, Handed, Records, Refused},
     publisher::{Outgoing, PublishError},
     relay::RelaySettings,
     status::{Metrics, with_causes},
@@ -191,7 +191,7 @@ impl AfterCommit {
             rereads: false,
         };
         let (table, pool, metrics) = (self.table.clone(), self.pool.clone(), self.metrics.clone());
-        let mut delivery = Delivery::new(publisher, table, pool, records, metrics, HashSet::new()).await?;
+        let mut delivery = Delivery::new(publisher, table, pool, records, metrics, Refused::default()).await?;
         let ended = self.publish(&mut delivery, stop).await;
         if ended.is_ok() && tokio::time::timeout(DRAIN_LIMIT, delivery.finish()).await.is_err() {
             tracing::warn!("the broker did not acknowledge in time; the relay sends the rest");
@@ -254,7 +254,7 @@ impl AfterCommit {
                     })
                     .await?;
                 match handed {
-                    Handed::Over => published.remember(envelope),
+                    Handed::Over | Handed::Published => published.remember(envelope),
                     Handed::Withheld => self.leave(1, "order"),
                 }
             }

@@ -51,6 +51,24 @@ pub(crate) enum Handed {
     Over,
     /// Its key waits behind a row that was set aside.
     Withheld,
+    /// The broker had it once, and refuses to take it again.
+    Published,
+}
+
+/// What one delivery leaves to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Refused {
+    /// Rows to be sent alone, because a batch with them was refused.
+    suspects: HashSet<Uuid>,
+    /// Published rows that the broker refuses to take again.
+    published: HashSet<Uuid>,
+}
+
+impl Refused {
+    pub(crate) fn extend(&mut self, other: Self) {
+        self.suspects.extend(other.suspects);
+        self.published.extend(other.published);
+    }
 }
 
 /// What a delivery writes down about published events.
@@ -89,8 +107,7 @@ pub(crate) struct Delivery {
     marked: Vec<Uuid>,
     /// Keys with a row that was set aside, and the last row of each that was withheld.
     blocked: HashMap<String, Option<Uuid>>,
-    /// Rows to be sent alone, because a batch with them was refused.
-    suspects: HashSet<Uuid>,
+    refused: Refused,
     /// Rows whose mark is set by whoever sent them, see [`Self::hold_mark`].
     held_marks: HashSet<Uuid>,
 }
@@ -103,14 +120,14 @@ struct Write {
 }
 
 impl Delivery {
-    /// `suspects` come from the delivery before, see [`Self::close`].
+    /// `refused` comes from the delivery before, see [`Self::close`].
     pub(crate) async fn new(
         publisher: Publisher,
         table: Table,
         pool: PgPool,
         records: Records,
         metrics: Metrics,
-        suspects: HashSet<Uuid>,
+        refused: Refused,
     ) -> Result<Self, sqlx::Error> {
         let failed = table::failed_keys(&table, &pool).await?;
         Ok(Self {
@@ -126,7 +143,7 @@ impl Delivery {
             pending: HashSet::new(),
             marked: Vec::new(),
             blocked: failed.into_iter().map(|key| (key, None)).collect(),
-            suspects,
+            refused,
             held_marks: HashSet::new(),
         })
     }
@@ -149,13 +166,16 @@ impl Delivery {
     /// Publishes the event, unless its key waits behind a row that was set aside.
     ///
     /// # Errors
-    /// [`DeliveryError::Renew`] after this event was set aside.
+    /// [`DeliveryError::Renew`] after this event was refused for itself.
     pub(crate) async fn publish(&mut self, event: Outgoing<'_>) -> Result<Handed, DeliveryError> {
+        if self.refused.published.contains(&event.id) {
+            return Ok(Handed::Published);
+        }
         if let Some(last_withheld) = self.blocked.get_mut(event.key) {
             *last_withheld = Some(event.id);
             return Ok(Handed::Withheld);
         }
-        if self.suspects.contains(&event.id) {
+        if self.refused.suspects.contains(&event.id) {
             return match self.publish_alone(event).await? {
                 Some(error) => {
                     self.set_aside(event, &error).await?;
@@ -185,14 +205,20 @@ impl Delivery {
             self.progress().await?;
         }
         let refused = self.publisher.publish_alone(event).await?;
-        self.suspects.remove(&event.id);
+        self.refused.suspects.remove(&event.id);
         if refused.is_none() && self.records.rereads {
             self.pending.insert(event.id);
         }
         Ok(refused)
     }
 
-    /// Sets the row aside with the broker's reason; its key waits from now on.
+    /// Somebody asks for the row again: the broker may take it by now.
+    pub(crate) fn try_again(&mut self, id: Uuid) {
+        self.refused.published.remove(&id);
+    }
+
+    /// Sets the row aside with the broker's reason; its key waits from now on. One that was published before is left alone
+    /// instead, and whoever asked for it is told.
     pub(crate) async fn set_aside(&mut self, event: Outgoing<'_>, error: &KafkaError) -> Result<(), DeliveryError> {
         // Marked first: what was sent before it must not wait behind it. Everything before it is acknowledged.
         self.write_out().await?;
@@ -206,7 +232,10 @@ impl Delivery {
                 Ok(Aside::Done) => break,
                 Ok(Aside::Published) => {
                     tracing::warn!(event_id = %event.id, key = event.key, failure, "the broker refuses a repetition");
-                    return Ok(());
+                    self.refused.published.insert(event.id);
+                    return table::resend_done(&self.table, &self.pool, &[event.id], Some(&failure))
+                        .await
+                        .map_err(DeliveryError::SetAside);
                 }
                 Ok(Aside::Unseen) if oldest_running >= *horizon.get_or_insert(next) => {
                     tracing::warn!(event_id = %event.id, key = event.key, failure, "a refused row is gone");
@@ -376,12 +405,12 @@ impl Delivery {
             .map_err(DeliveryError::Mark)
     }
 
-    /// Ends the producer; what is unacknowledged comes again from its source. Returns the rows to be sent alone then.
-    pub(crate) async fn close(self) -> HashSet<Uuid> {
-        let mut suspects = self.suspects;
-        suspects.extend(self.publisher.take_refused());
+    /// Ends the producer; what is unacknowledged comes again from its source. Returns what the next delivery is to know.
+    pub(crate) async fn close(self) -> Refused {
+        let mut refused = self.refused;
+        refused.suspects.extend(self.publisher.take_refused());
         self.publisher.close().await;
-        suspects
+        refused
     }
 
     fn collect(&mut self) -> Result<(), DeliveryError> {

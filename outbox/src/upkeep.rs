@@ -83,6 +83,7 @@ impl Upkeep {
         let (rows, failed) = table::next_resends(&self.table, &self.pool, buckets, ROUND).await?;
         let mut sent = Vec::new();
         for row in &rows {
+            delivery.try_again(row.id);
             if failed.contains(&row.id) {
                 self.repair(delivery, row).await?;
             } else if self.publish(delivery, row).await? == Some(Handed::Over) {

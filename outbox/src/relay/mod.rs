@@ -13,7 +13,6 @@ mod auto;
 mod error;
 
 use std::{
-    collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -30,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use self::error::SessionError;
 use crate::{
     confirm,
-    delivery::{Delivery, Records},
+    delivery::{Delivery, Records, Refused},
     monitor::monitor,
     publisher::{Bounds, PublishError, Publisher},
     retention::retain,
@@ -163,8 +162,8 @@ pub struct Relay {
     /// This instance among those that share the keys of the table.
     member: Uuid,
     breach: watch::Sender<Option<String>>,
-    /// Rows of batches that were refused, from the session that ended with it to the next.
-    suspects: Mutex<HashSet<Uuid>>,
+    /// Rows that were refused, from one session to the next.
+    refused: Mutex<Refused>,
 }
 
 /// One life over one source.
@@ -207,7 +206,7 @@ impl Relay {
             wake: Arc::default(),
             member: Uuid::now_v7(),
             breach: watch::Sender::new(None),
-            suspects: Mutex::default(),
+            refused: Mutex::default(),
         })
     }
 
@@ -325,17 +324,17 @@ impl Relay {
     }
 
     async fn delivery(&self, publisher: Publisher, records: Records) -> Result<Delivery, sqlx::Error> {
-        let suspects = std::mem::take(&mut *self.suspects.lock().unwrap_or_else(PoisonError::into_inner));
+        let refused = std::mem::take(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner));
         let (table, pool, metrics) = (self.table.clone(), self.pool.clone(), self.metrics.clone());
-        Delivery::new(publisher, table, pool, records, metrics, suspects).await
+        Delivery::new(publisher, table, pool, records, metrics, refused).await
     }
 
     async fn end(&self, delivery: Delivery) {
-        let suspects = delivery.close().await;
-        self.suspects
+        let refused = delivery.close().await;
+        self.refused
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .extend(suspects);
+            .extend(refused);
     }
 
     fn upkeep(&self, unsent: Option<Duration>) -> Upkeep {

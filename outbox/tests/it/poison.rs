@@ -1,4 +1,4 @@
-use outbox::{Mode, Operator, Selection};
+use outbox::{Mode, Operator, RelayState, Selection};
 
 use crate::stage::{Stage, first_seen, sequences, wait_for};
 
@@ -142,5 +142,87 @@ async fn nothing_passes_a_first_batch_that_is_refused() -> anyhow::Result<()> {
             "nothing behind the refused event"
         );
     }
+    relay.stop().await
+}
+
+/// The topic's limit is lowered below what it has taken already, and somebody asks for that again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_published_event_that_the_broker_refuses_to_repeat_is_answered_and_left_alone() -> anyhow::Result<()> {
+    for mode in [Mode::Wal, Mode::Poll] {
+        let stage = Stage::new().await?;
+        let relay = stage.start_relay_with(|settings| settings.mode = mode).await?;
+        let large = Stage::large_event("k", 1, 8_000);
+        stage.commit(std::slice::from_ref(&large)).await?;
+        stage.all_marked().await?;
+        stage.limit_records(4_000).await?;
+        let operator = Operator::new("logistics", stage.pool.clone());
+        let id = large.envelope.id;
+        operator.resend(&[id], "ann", "lost downstream").await?;
+        wait_for("the refusal to be noted", async || {
+            let refused = "SELECT count(*) FROM logistics.outbox_resends WHERE refusal IS NOT NULL";
+            let refused: i64 = sqlx::query_scalar(refused).fetch_one(&stage.pool).await?;
+            Ok(refused == 1)
+        })
+        .await?;
+        assert_eq!(operator.event(id).await?.unwrap().state(), "published");
+        stage.commit(&[Stage::event("k", 2)]).await?;
+        stage.all_marked().await?;
+
+        stage.limit_records(1_000_000).await?;
+        operator.resend(&[id], "ann", "the limit is raised").await?;
+        let records = stage
+            .read_until(|records| {
+                sequences(records, "k")
+                    .iter()
+                    .filter(|sequence| **sequence == 1)
+                    .count()
+                    > 1
+            })
+            .await?;
+        assert_eq!(first_seen(&sequences(&records, "k")), [1, 2], "{mode:?}");
+        relay.stop().await?;
+    }
+    Ok(())
+}
+
+/// The same without anybody's asking: a crash of the server may leave the slot where it was before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rewound_slot_passes_a_published_event_that_the_broker_refuses_to_repeat() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    let relay = stage.start_relay().await?;
+    relay.reaches(RelayState::Streaming).await?;
+    relay.stop().await?;
+    let before = format!("{}_before", stage.slot);
+    let copy = "SELECT pg_copy_logical_replication_slot($1, $2)";
+    sqlx::query(copy)
+        .bind(&stage.slot)
+        .bind(&before)
+        .execute(&stage.pool)
+        .await?;
+    let relay = stage.start_relay().await?;
+    stage.commit(&[Stage::large_event("k", 1, 8_000)]).await?;
+    stage.all_marked().await?;
+    relay.stop().await?;
+
+    stage.limit_records(4_000).await?;
+    for (drop, copied) in [(&stage.slot, Some(&before)), (&before, None)] {
+        sqlx::query("SELECT pg_drop_replication_slot($1)")
+            .bind(drop)
+            .execute(&stage.pool)
+            .await?;
+        if let Some(copied) = copied {
+            sqlx::query(copy)
+                .bind(copied)
+                .bind(&stage.slot)
+                .execute(&stage.pool)
+                .await?;
+        }
+    }
+    let relay = stage.start_relay().await?;
+    stage.commit(&[Stage::event("k", 2)]).await?;
+    stage.all_marked().await?;
+    wait_for("the slot to follow", async || Ok(stage.slot_lag().await? < 100_000)).await?;
+    let records = stage.read_until(|records| records.len() >= 2).await?;
+    assert_eq!(sequences(&records, "k"), [1, 2]);
     relay.stop().await
 }
