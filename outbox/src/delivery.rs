@@ -40,7 +40,7 @@ pub(crate) enum DeliveryError {
     #[error("a row that the broker refuses could not be set aside")]
     SetAside(#[source] sqlx::Error),
     /// A producer whose batch was refused cannot go on.
-    #[error("a row was set aside; the producer begins anew")]
+    #[error("a row was refused; the producer begins anew")]
     Renew,
 }
 
@@ -187,7 +187,8 @@ impl Delivery {
         match self.publisher.publish(event).await {
             Ok(()) => {}
             Err(PublishError::Refused(error)) if is_refusal(&error) => {
-                self.set_aside(event, &error).await?;
+                // What was sent before it is still on its way: the next session sends it alone.
+                self.refused.suspects.insert(event.id);
                 return Err(DeliveryError::Renew);
             }
             Err(error) => return Err(error.into()),

@@ -1,4 +1,6 @@
-use outbox::{Mode, Operator, RelayState, Selection};
+use std::time::Duration;
+
+use outbox::{Mode, Operator, Outbox, RelayState, Selection};
 
 use crate::stage::{Stage, first_seen, sequences, wait_for};
 
@@ -224,5 +226,38 @@ async fn a_rewound_slot_passes_a_published_event_that_the_broker_refuses_to_repe
     wait_for("the slot to follow", async || Ok(stage.slot_lag().await? < 100_000)).await?;
     let records = stage.read_until(|records| records.len() >= 2).await?;
     assert_eq!(sequences(&records, "k"), [1, 2]);
+    relay.stop().await
+}
+
+/// Above the client's own limit: it refuses at once, while what stands before is still on its way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_the_client_refuses_leaves_nothing_before_it_behind() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    let relay = stage
+        .start_relay_with(|settings| {
+            settings.mode = Mode::Wal;
+            settings.linger = Duration::from_millis(200);
+        })
+        .await?;
+    let mut events: Vec<_> = (1..=20).map(|sequence| Stage::event("k", sequence)).collect();
+    events.push(Stage::large_event("k", 21, 1_200_000));
+    let mut tx = stage.pool.begin().await?;
+    Outbox::new("logistics", "logistics", 2_000_000)
+        .append(&mut tx, &events)
+        .await?;
+    tx.commit().await?;
+    let failed = async || -> anyhow::Result<i64> {
+        let failed = "SELECT count(*) FROM logistics.outbox WHERE failed_at IS NOT NULL";
+        Ok(sqlx::query_scalar(failed).fetch_one(&stage.pool).await?)
+    };
+    wait_for("the row to be set aside", async || Ok(failed().await? == 1)).await?;
+    wait_for("all before it to be marked", async || {
+        Ok(stage.unpublished().await? == 1)
+    })
+    .await?;
+    let records = stage
+        .read_until(|records| first_seen(&sequences(records, "k")).len() == 20)
+        .await?;
+    assert_eq!(first_seen(&sequences(&records, "k")), (1..=20).collect::<Vec<_>>());
     relay.stop().await
 }
