@@ -86,9 +86,14 @@ impl Upkeep {
             delivery.try_again(row.id);
             if failed.contains(&row.id) {
                 self.repair(delivery, row).await?;
-            } else if self.publish(delivery, row).await? == Some(Handed::Over) {
+                continue;
+            }
+            match self.publish(delivery, row).await? {
+                Some(Handed::Over) => sent.push(row.id),
                 // One behind a row that was set aside stays asked for: it goes when its key does.
-                sent.push(row.id);
+                Some(Handed::Withheld | Handed::Published) => {}
+                // The others would wait in vain as well.
+                None => break,
             }
         }
         if sent.is_empty() || !delivery.finish_within(PATIENCE).await? {

@@ -60,7 +60,8 @@ pub(crate) async fn request_resends(
     Ok(requested.rows_affected())
 }
 
-/// The next rows that are to be sent again, each key's in its order, and the ids among them that were set aside.
+/// The next rows that are to be sent again, each key's in its order, and the ids among them that were set aside. The others
+/// of a key with such a row wait: they would fill each look, and the repair of their key would stand behind them.
 pub(crate) async fn next_resends(
     table: &Table,
     pool: &PgPool,
@@ -74,6 +75,9 @@ pub(crate) async fn next_resends(
           WHERE r.done_at IS NULL
             -- One that was never sent goes when its source brings it: sent now, it would pass those before it.
             AND (o.published_at IS NOT NULL OR o.failed_at IS NOT NULL)
+            AND (o.failed_at IS NOT NULL
+                 OR o.aggregateid NOT IN (SELECT failed.aggregateid FROM $schema.outbox AS failed
+                                           WHERE failed.failed_at IS NOT NULL))
             AND ($1::int[] IS NULL OR $schema.outbox_bucket(o.aggregateid) = ANY($1))
           ORDER BY o.aggregateid, o.sequence, o.id
           LIMIT $2",

@@ -261,3 +261,34 @@ async fn a_row_that_the_client_refuses_leaves_nothing_before_it_behind() -> anyh
     assert_eq!(first_seen(&sequences(&records, "k")), (1..=20).collect::<Vec<_>>());
     relay.stop().await
 }
+
+/// More is asked for of a key that waits than fits into one look; what others ask for, and its own repair, come behind.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_asked_of_a_waiting_key_hides_neither_other_requests_nor_its_repair() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    stage.limit_records(300_000).await?;
+    let relay = stage.start_relay_with(|settings| settings.mode = Mode::Wal).await?;
+    let mut events: Vec<_> = (1..=600).map(|sequence| Stage::event("bad", sequence)).collect();
+    events.push(Stage::event("good", 1));
+    stage.commit(&events).await?;
+    stage.all_marked().await?;
+    let poison = Stage::large_event("bad", 601, 600_000);
+    stage.commit(std::slice::from_ref(&poison)).await?;
+    let operator = Operator::new("logistics", stage.pool.clone());
+    let id = poison.envelope.id;
+    wait_for("the row to be set aside", async || {
+        Ok(operator.event(id).await?.is_some_and(|event| event.state() == "failed"))
+    })
+    .await?;
+    for key in ["bad", "good"] {
+        let ids = operator.select(&Selection::AggregateId(key.to_owned()), 600).await?;
+        operator.resend(&ids, "ann", "lost downstream").await?;
+    }
+    stage
+        .read_until(|records| sequences(records, "good").len() == 2)
+        .await?;
+    stage.limit_records(1_000_000).await?;
+    operator.resend(&[id], "ann", "the limit is raised").await?;
+    stage.all_marked().await?;
+    relay.stop().await
+}
