@@ -116,9 +116,10 @@ DECLARE
     part    record;
     unsent  boolean;
     dropped integer := 0;
-    -- A row that was set aside is never done with, whatever the marks say.
+    -- A row that was set aside, and what waits behind it, is never done with, whatever the marks say.
     left_over CONSTANT text := 'SELECT EXISTS (SELECT FROM logistics.%I WHERE published_at IS NULL '
-                               'AND ($1 IS NULL OR created_at >= $1 OR failed_at IS NOT NULL))';
+                               'AND ($1 IS NULL OR created_at >= $1 OR aggregateid IN '
+                               '(SELECT f.aggregateid FROM logistics.outbox AS f WHERE f.failed_at IS NOT NULL)))';
 BEGIN
     -- A typing error must not empty the outbox.
     IF keep_since IS NULL OR keep_since > now() - interval '1 hour' THEN

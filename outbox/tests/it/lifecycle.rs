@@ -188,3 +188,50 @@ async fn a_day_past_retention_is_dropped_only_when_all_of_it_is_published() -> a
     assert!(refused.is_err(), "an outbox is not emptied by a typing error");
     Ok(())
 }
+
+/// Without marks the position passes what waits behind a failed row, and rows before its time count as sent: not these.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retention_keeps_a_failed_row_and_what_waits_behind_it() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    // In a day of their own, in a later one, and in the default partition, each beside a row that may go.
+    let sql = "DO $$
+        DECLARE day date; low uuid; high uuid; midnight timestamptz;
+        BEGIN
+            FOR ago IN 18..21 LOOP
+                day := (now() AT TIME ZONE 'UTC')::date - ago;
+                midnight := day::timestamp AT TIME ZONE 'UTC';
+                low := logistics.outbox_id_floor(midnight);
+                high := logistics.outbox_id_floor(midnight + interval '1 day');
+                IF ago > 19 THEN
+                    EXECUTE format('CREATE TABLE logistics.%I PARTITION OF logistics.outbox FOR VALUES FROM (%L) TO (%L)',
+                                   'outbox_' || to_char(day, 'YYYYMMDD'), low, high);
+                END IF;
+                INSERT INTO logistics.outbox (id, aggregatetype, aggregateid, type, version, sequence, payload, tx_key,
+                                              created_at, failed_at, failure)
+                SELECT logistics.outbox_id_floor(midnight + make_interval(secs => n)), 'shipment',
+                       CASE WHEN n = 1 THEN 'gone-' || ago || n ELSE 'kept' END, 'ShipmentCreated', 1, 30 - ago, '{}',
+                       low, midnight, CASE WHEN n = 2 AND ago = 21 THEN now() END, CASE WHEN n = 2 AND ago = 21 THEN 'no' END
+                  FROM generate_series(1, 2) AS n;
+            END LOOP;
+        END $$";
+    sqlx::raw_sql(sql).execute(&stage.pool).await?;
+    // A relay without marks has passed them all.
+    let passed = "INSERT INTO logistics.outbox_relay_positions (slot, system_identifier, position, unmarked_before)
+                  SELECT $1, system_identifier::text, '0/1', now() - interval '1 day' FROM pg_control_system()";
+    sqlx::query(passed).bind(&stage.slot).execute(&stage.pool).await?;
+    let left = async || -> anyhow::Result<Vec<String>> {
+        let left = "SELECT DISTINCT aggregateid FROM logistics.outbox ORDER BY 1";
+        Ok(sqlx::query_scalar(left).fetch_all(&stage.pool).await?)
+    };
+    let relay = stage
+        .start_relay_with(|settings| settings.lifecycle = Lifecycle::Off)
+        .await?;
+    // Those that share a day with what is kept stay with it; the default partition's go one by one.
+    wait_for("the others to go", async || {
+        Ok(left().await? == ["gone-201", "gone-211", "kept"])
+    })
+    .await?;
+    let kept = "SELECT count(*) FROM logistics.outbox WHERE aggregateid = 'kept'";
+    assert_eq!(sqlx::query_scalar::<_, i64>(kept).fetch_one(&stage.pool).await?, 4);
+    relay.stop().await
+}
