@@ -235,3 +235,17 @@ async fn retention_keeps_a_failed_row_and_what_waits_behind_it() -> anyhow::Resu
     assert_eq!(sqlx::query_scalar::<_, i64>(kept).fetch_one(&stage.pool).await?, 4);
     relay.stop().await
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn times_before_1970_find_what_came_later() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    stage.commit(&[Stage::event("k", 1)]).await?;
+    let now = time::OffsetDateTime::now_utc();
+    let meant = Selection::Created {
+        from: time::OffsetDateTime::UNIX_EPOCH - Duration::from_secs(86_400),
+        to: now + Duration::from_secs(60),
+    };
+    let operator = Operator::new("logistics", stage.pool.clone());
+    assert_eq!(operator.select(&meant, 10).await?.len(), 1);
+    Ok(())
+}
