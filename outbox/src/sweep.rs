@@ -137,9 +137,7 @@ struct Coming(JoinHandle<Result<Page, sqlx::Error>>);
 
 impl Page {
     async fn read(table: &Table, pool: &PgPool, wanted: &Unsent, after: After) -> Result<Self, sqlx::Error> {
-        let rows = table::unsent(table, pool, wanted, &after, PAGE).await?;
-        let full = rows.len() as i64 == PAGE;
-        let after = rows.last().filter(|_| full).map(After::from);
+        let (rows, after) = table::unsent(table, pool, wanted, &after, PAGE).await?;
         Ok(Self { rows, after })
     }
 

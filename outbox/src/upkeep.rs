@@ -189,15 +189,20 @@ impl Upkeep {
                 before: Some(horizon - patience),
                 ..wanted.clone()
             };
-            let rows = table::unsent(&self.table, &self.pool, &stuck, &After::default(), ROUND).await?;
-            for row in &rows {
-                if self.publish(delivery, row).await?.is_none() {
-                    return Ok(());
+            let mut after = Some(After::default());
+            while let Some(begin) = after {
+                let (rows, next) = table::unsent(&self.table, &self.pool, &stuck, &begin, ROUND).await?;
+                for row in &rows {
+                    if self.publish(delivery, row).await?.is_none() {
+                        return Ok(());
+                    }
                 }
-            }
-            if let Some(row) = rows.first() {
-                self.metrics.swept("init", rows.len());
-                tracing::warn!(rows = rows.len(), first = %row.id, ?patience, "rows were stuck unsent; sent now");
+                if let Some(row) = rows.first() {
+                    self.metrics.swept("init", rows.len());
+                    tracing::warn!(rows = rows.len(), first = %row.id, ?patience, "rows were stuck unsent; sent now");
+                }
+                // Rows that are not stuck fill looks too; what is, goes some at a time.
+                after = next.filter(|_| rows.is_empty());
             }
         }
         if let Some(patience) = self.stuck_after.unconfirmed {

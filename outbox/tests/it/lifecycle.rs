@@ -249,3 +249,24 @@ async fn times_before_1970_find_what_came_later() -> anyhow::Result<()> {
     assert_eq!(operator.select(&meant, 10).await?.len(), 1);
     Ok(())
 }
+
+/// Two writers' clocks differ: a key's later event looks older than its earlier one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_is_old_enough_waits_for_an_earlier_one_that_looks_too_young() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    let (mut ahead, mut behind) = (Stage::event("k", 1), Stage::event("k", 2));
+    ahead.envelope.timestamp += Duration::from_secs(1);
+    behind.envelope.timestamp -= Duration::from_secs(10);
+    stage.commit(&[ahead]).await?;
+    stage.commit(&[behind]).await?;
+    let relay = stage
+        .start_relay_with(|settings| {
+            settings.mode = Mode::External;
+            settings.sweep_after = Duration::from_millis(500);
+        })
+        .await?;
+    stage.all_marked().await?;
+    let records = stage.read_until(|records| records.len() >= 2).await?;
+    assert_eq!(sequences(&records, "k"), [1, 2]);
+    relay.stop().await
+}
