@@ -29,7 +29,7 @@ const LAGGING_AFTER: Duration = Duration::from_secs(1);
 /// Acknowledged rows that wait for their mark; past it nothing more is published.
 const MAX_UNMARKED: usize = 50_000;
 /// Longer than a transaction lives between deciding on its events and its commit.
-const UNMARKED_MARGIN: time::Duration = time::Duration::hours(1);
+pub(crate) const UNMARKED_MARGIN: time::Duration = time::Duration::hours(1);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DeliveryError {
@@ -99,6 +99,8 @@ pub(crate) struct Delivery {
     unmarked: Vec<Uuid>,
     /// Safe once `unmarked` is marked.
     position: Option<Position>,
+    /// The last position that is safe.
+    recorded: Lsn,
     writing: Option<Write>,
     last_write: Instant,
     /// Sent and not yet marked, if the source rereads.
@@ -138,6 +140,7 @@ impl Delivery {
             metrics,
             unmarked: Vec::new(),
             position: None,
+            recorded: Lsn::default(),
             writing: None,
             last_write: Instant::now(),
             pending: HashSet::new(),
@@ -313,7 +316,12 @@ impl Delivery {
         self.publisher.committed(end);
     }
 
-    /// Whether everything published is acknowledged, marked and recorded.
+    /// Up to where everything is acknowledged, marked and recorded; zero if nothing was by this delivery.
+    pub(crate) fn recorded(&self) -> Lsn {
+        self.recorded
+    }
+
+    /// Whether everything published is acknowledged and marked.
     pub(crate) fn is_idle(&self) -> bool {
         self.publisher.is_idle() && self.unmarked.is_empty() && self.writing.is_none()
     }
@@ -324,7 +332,7 @@ impl Delivery {
     }
 
     /// Waits until a position has become safe, or something else has changed that is worth a look. Safe to cancel.
-    pub(crate) async fn progress(&mut self) -> Result<Option<Lsn>, DeliveryError> {
+    pub(crate) async fn progress(&mut self) -> Result<(), DeliveryError> {
         self.collect()?;
         let due = match (self.unmarked.is_empty(), self.position) {
             (false, _) => Some(self.last_write + MARK_INTERVAL),
@@ -345,7 +353,7 @@ impl Delivery {
                         Ok(result) => result.map_err(DeliveryError::Mark)?,
                         Err(error) => without_answer(error).await,
                     }
-                    return Ok(position);
+                    self.recorded = self.recorded.max(position.unwrap_or_default());
                 }
                 () = self.publisher.changed() => {}
             }
@@ -357,33 +365,35 @@ impl Delivery {
         } else {
             self.publisher.changed().await;
         }
-        Ok(None)
+        Ok(())
     }
 
     /// Takes what has become known, and lets marks that are due begin, without waiting.
     pub(crate) async fn nudge(&mut self) -> Result<(), DeliveryError> {
         tokio::select! {
             biased;
-            progress = self.progress() => { progress?; }
-            () = std::future::ready(()) => {}
+            progress = self.progress() => progress,
+            () = std::future::ready(()) => Ok(()),
         }
-        Ok(())
     }
 
-    /// Waits until everything published is acknowledged, marked and recorded; returns the last position.
-    pub(crate) async fn finish(&mut self) -> Result<Option<Lsn>, DeliveryError> {
-        let mut last = None;
+    /// Waits until everything published is acknowledged, marked and recorded.
+    pub(crate) async fn finish(&mut self) -> Result<(), DeliveryError> {
         self.collect()?;
-        while !self.is_idle() {
-            last = last.max(self.progress().await?);
+        while !self.is_idle() || self.position.is_some() {
+            if self.is_idle() {
+                // With nothing to mark, a position would be recorded some seconds later.
+                self.write();
+            }
+            self.progress().await?;
         }
-        Ok(last)
+        Ok(())
     }
 
     /// The same, for at most `patience`; false if something is still on its way then.
     pub(crate) async fn finish_within(&mut self, patience: Duration) -> Result<bool, DeliveryError> {
         match tokio::time::timeout(patience, self.finish()).await {
-            Ok(finished) => finished.map(|_| true),
+            Ok(finished) => finished.map(|()| true),
             Err(_) => Ok(false),
         }
     }

@@ -107,7 +107,7 @@ pub(crate) async fn pass(
                     return Ok(Passed { sent, is_all: false });
                 }
                 tokio::select! {
-                    progress = delivery.progress() => { progress?; }
+                    progress = delivery.progress() => progress?,
                     () = tokio::time::sleep(ROOM_PATIENCE) => {}
                 }
             }

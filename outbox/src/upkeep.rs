@@ -223,7 +223,7 @@ impl Upkeep {
         let give_up = Instant::now() + PATIENCE;
         while !delivery.has_room_for(&row.aggregate_id) {
             match tokio::time::timeout_at(give_up, delivery.progress()).await {
-                Ok(progress) => drop(progress?),
+                Ok(progress) => progress?,
                 Err(_) => return Ok(None),
             }
         }

@@ -131,7 +131,7 @@ impl Poll<'_> {
                         pause = (pause * 2).min(settings.longest_pause);
                         waiting = false;
                     }
-                    progress = delivery.progress() => { progress?; }
+                    progress = delivery.progress() => progress?,
                 }
             }
             if stop.is_cancelled() {
@@ -139,7 +139,7 @@ impl Poll<'_> {
             }
         }
         match tokio::time::timeout(DRAIN_LIMIT, delivery.finish()).await {
-            Ok(finished) => drop(finished?),
+            Ok(finished) => finished?,
             Err(_) => tracing::warn!("the broker did not acknowledge in time; unacknowledged events are sent again"),
         }
         leases.leave().await;

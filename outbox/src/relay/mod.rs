@@ -254,6 +254,7 @@ impl Relay {
             table.clone(),
             pool.clone(),
             slot.clone(),
+            self.marks(),
             self.settings.wal_budget,
             self.metrics.clone(),
             self.breach.clone(),
@@ -278,6 +279,12 @@ impl Relay {
             ));
         }
         beside
+    }
+
+    /// Whoever reads the table cannot do without.
+    fn marks(&self) -> bool {
+        let follows_log = matches!(self.settings.mode, Mode::Wal | Mode::Auto);
+        self.settings.lifecycle != Lifecycle::Off || !follows_log
     }
 
     /// Nobody else can say what was published from outside.

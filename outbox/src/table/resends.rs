@@ -74,7 +74,8 @@ pub(crate) async fn next_resends(
            FROM $schema.outbox_resends AS r JOIN $schema.outbox AS o ON o.id = r.event_id
           WHERE r.done_at IS NULL
             -- One that was never sent goes when its source brings it: sent now, it would pass those before it.
-            AND (o.published_at IS NOT NULL OR o.failed_at IS NOT NULL)
+            AND (o.published_at IS NOT NULL OR o.failed_at IS NOT NULL
+                 OR o.created_at < (SELECT max(unmarked_before) FROM $schema.outbox_relay_positions))
             AND (o.failed_at IS NOT NULL
                  OR o.aggregateid NOT IN (SELECT failed.aggregateid FROM $schema.outbox AS failed
                                            WHERE failed.failed_at IS NOT NULL))

@@ -43,6 +43,11 @@ async fn without_marks_the_position_says_what_is_published() -> anyhow::Result<(
 
     let relay = stage.start_relay_with(off).await?;
     relay.reaches(RelayState::Streaming).await?;
+    wait_for("the backlog to be known", async || {
+        Ok(relay.status.seen().backlog.is_some())
+    })
+    .await?;
+    assert_eq!(relay.status.seen().backlog, Some((0, None)));
     stage.commit(&[Stage::event("k", 51)]).await?;
     let records = stage
         .read_until(|records| sequences(records, "k").contains(&51))
@@ -268,5 +273,40 @@ async fn a_row_that_is_old_enough_waits_for_an_earlier_one_that_looks_too_young(
     stage.all_marked().await?;
     let records = stage.read_until(|records| records.len() >= 2).await?;
     assert_eq!(sequences(&records, "k"), [1, 2]);
+    relay.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_marks_a_clean_stop_repeats_nothing() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    for sequence in 1..=3 {
+        let relay = stage
+            .start_relay_with(|settings| settings.lifecycle = Lifecycle::Off)
+            .await?;
+        relay.reaches(RelayState::Streaming).await?;
+        stage.commit(&[Stage::event("k", sequence)]).await?;
+        let records = stage
+            .read_until(|records| sequences(records, "k").contains(&sequence))
+            .await?;
+        assert_eq!(sequences(&records, "k"), (1..=sequence).collect::<Vec<_>>());
+        relay.stop().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_marks_what_is_asked_for_is_sent_again() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    let relay = stage
+        .start_relay_with(|settings| settings.lifecycle = Lifecycle::Off)
+        .await?;
+    relay.reaches(RelayState::Streaming).await?;
+    let mut event = Stage::event("k", 1);
+    event.envelope.timestamp -= Duration::from_secs(2 * 3600);
+    stage.commit(std::slice::from_ref(&event)).await?;
+    let operator = Operator::new("logistics", stage.pool.clone());
+    operator.resend(&[event.envelope.id], "ann", "lost downstream").await?;
+    let records = stage.read_until(|records| records.len() >= 2).await?;
+    assert_eq!(sequences(&records, "k"), [1, 1]);
     relay.stop().await
 }
