@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     append::NewEvent,
     delivery::{Delivery, DeliveryError, Handed, Records, Refused},
+    limited_pool::LimitedPool,
     publisher::{Outgoing, PublishError},
     relay::RelaySettings,
     status::{Metrics, with_causes},
@@ -139,7 +140,7 @@ impl Place {
 pub struct AfterCommit {
     settings: RelaySettings,
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     kafka: ClientConfig,
     metrics: Metrics,
     queue: mpsc::Receiver<Ticket>,
@@ -177,7 +178,7 @@ impl AfterCommit {
             table: Table::new(&settings.schema),
             metrics: Metrics::counters(),
             settings,
-            pool,
+            pool: pool.into(),
             kafka,
             queue,
             left,

@@ -4,12 +4,13 @@ use std::{
 };
 
 use rdkafka::error::KafkaError;
-use sqlx::{PgPool, types::Uuid};
+use sqlx::types::Uuid;
 use time::OffsetDateTime;
 use tokio::{task::JoinHandle, time::Instant};
 
 use crate::{
     ended::without_answer,
+    limited_pool::LimitedPool,
     publisher::{Outgoing, PublishError, Publisher, is_refusal},
     status::Metrics,
     table::{self, Aside, Position, SlotIdentity, Table},
@@ -93,7 +94,7 @@ pub(crate) struct Records {
 pub(crate) struct Delivery {
     publisher: Publisher,
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     records: Records,
     metrics: Metrics,
     unmarked: Vec<Uuid>,
@@ -126,7 +127,7 @@ impl Delivery {
     pub(crate) async fn new(
         publisher: Publisher,
         table: Table,
-        pool: PgPool,
+        pool: LimitedPool,
         records: Records,
         metrics: Metrics,
         refused: Refused,
@@ -473,7 +474,7 @@ impl Delivery {
 /// Marks the rows, waiting for those that cannot be seen yet: the log brings a commit a moment before other sessions see
 /// its rows, and while a synchronous standby is away long before. An update that finds nothing then is not an error, so
 /// the mark would be lost in silence.
-async fn mark(table: &Table, pool: &PgPool, ids: Vec<Uuid>) -> Result<(), sqlx::Error> {
+async fn mark(table: &Table, pool: &LimitedPool, ids: Vec<Uuid>) -> Result<(), sqlx::Error> {
     if ids.is_empty() {
         return Ok(());
     }

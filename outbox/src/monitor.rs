@@ -1,6 +1,5 @@
 use std::time::Duration;
 
-use sqlx::PgPool;
 use tokio::{
     sync::watch,
     time::{Instant, MissedTickBehavior},
@@ -9,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     delivery::UNMARKED_MARGIN,
+    limited_pool::LimitedPool,
     relay::WalBudget,
     status::{Metrics, Seen, SlotHealth, with_causes},
     table::{self, Table},
@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// slot costs more than its budget, while it does.
 pub(crate) async fn monitor(
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     slot: String,
     marks: bool,
     budget: WalBudget,

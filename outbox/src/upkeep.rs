@@ -1,12 +1,12 @@
 use std::time::Duration;
 
 use shared_events::envelope::format_timestamp;
-use sqlx::PgPool;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
 use crate::{
     delivery::{Delivery, DeliveryError, Handed},
+    limited_pool::LimitedPool,
     status::Metrics,
     sweep::SweepError,
     table::{self, After, Table, Unsent, UnsentRow},
@@ -33,14 +33,14 @@ pub(crate) struct StuckAfter {
 /// What a relay does every second beside the next batch: repaired keys, rows asked for again, rows that are stuck.
 pub(crate) struct Upkeep {
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     metrics: Metrics,
     stuck_after: StuckAfter,
     sweep_due: Instant,
 }
 
 impl Upkeep {
-    pub(crate) fn new(table: Table, pool: PgPool, metrics: Metrics, stuck_after: StuckAfter) -> Self {
+    pub(crate) fn new(table: Table, pool: LimitedPool, metrics: Metrics, stuck_after: StuckAfter) -> Self {
         Self {
             table,
             pool,

@@ -1,10 +1,10 @@
-use sqlx::PgPool;
 use time::OffsetDateTime;
 
 use super::Table;
+use crate::limited_pool::LimitedPool;
 
 /// Makes today's partition and those of the next `days` days, where they do not exist.
-pub(crate) async fn ensure_partitions(table: &Table, pool: &PgPool, days: i32) -> Result<(), sqlx::Error> {
+pub(crate) async fn ensure_partitions(table: &Table, pool: &LimitedPool, days: i32) -> Result<(), sqlx::Error> {
     sqlx::query(table.sql("SELECT $schema.ensure_outbox_partitions($1)"))
         .bind(days)
         .execute(pool)
@@ -16,7 +16,7 @@ pub(crate) async fn ensure_partitions(table: &Table, pool: &PgPool, days: i32) -
 /// that were created before `done_before` count as sent, but for those of a key with one that was set aside.
 pub(crate) async fn drop_partitions(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     keep_since: OffsetDateTime,
     done_before: Option<OffsetDateTime>,
 ) -> Result<Vec<String>, sqlx::Error> {
@@ -30,7 +30,7 @@ pub(crate) async fn drop_partitions(
 /// Deletes at most `limit` rows that came while their partition was missing, under the same rule.
 pub(crate) async fn forget_default_rows(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     keep_since: OffsetDateTime,
     done_before: Option<OffsetDateTime>,
     limit: i64,

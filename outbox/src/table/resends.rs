@@ -1,7 +1,8 @@
-use sqlx::{PgPool, types::Uuid};
+use sqlx::types::Uuid;
 use time::OffsetDateTime;
 
 use super::{Table, UnsentRow};
+use crate::limited_pool::LimitedPool;
 
 /// Which events an operator means.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,7 +20,7 @@ const IN_ORDER: &str = "ORDER BY aggregateid, sequence, id LIMIT $1";
 /// Ids of the events meant, each key's in its order, at most `limit`.
 pub(crate) async fn select_resends(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     meant: &Selection,
     limit: i64,
 ) -> Result<Vec<Uuid>, sqlx::Error> {
@@ -42,7 +43,7 @@ pub(crate) async fn select_resends(
 /// Asks the relay to send these events again; those already asked for and not yet sent are left out. Returns how many.
 pub(crate) async fn request_resends(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     ids: &[Uuid],
     requested_by: &str,
     reason: &str,
@@ -64,7 +65,7 @@ pub(crate) async fn request_resends(
 /// of a key with such a row wait: they would fill each look, and the repair of their key would stand behind them.
 pub(crate) async fn next_resends(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     buckets: Option<&[i32]>,
     limit: i64,
 ) -> Result<(Vec<UnsentRow>, Vec<Uuid>), sqlx::Error> {
@@ -102,7 +103,7 @@ pub(crate) async fn next_resends(
 /// What became of the open request for this event: sent, or not for the reason given.
 pub(crate) async fn resend_done(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     ids: &[Uuid],
     refusal: Option<&str>,
 ) -> Result<(), sqlx::Error> {
@@ -120,7 +121,7 @@ pub(crate) async fn resend_done(
 /// Deletes requests from before `keep_since`: the events they mean are past retention.
 pub(crate) async fn forget_resends(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     keep_since: OffsetDateTime,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(table.sql("DELETE FROM $schema.outbox_resends WHERE requested_at < $1"))

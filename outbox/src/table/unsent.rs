@@ -1,9 +1,10 @@
 use std::collections::HashSet;
 
-use sqlx::{PgPool, Row, postgres::PgRow, types::Uuid};
+use sqlx::{Row, postgres::PgRow, types::Uuid};
 use time::OffsetDateTime;
 
 use super::Table;
+use crate::limited_pool::LimitedPool;
 
 /// A row as the relay sends it from the table.
 #[derive(Debug)]
@@ -77,7 +78,7 @@ pub(crate) struct Unsent {
 /// `limit` rows, which are not all meant, and says where to go on if there may be more.
 pub(crate) async fn unsent(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     wanted: &Unsent,
     after: &After,
     limit: i64,
@@ -127,7 +128,7 @@ pub(crate) async fn unsent(
 /// The next unsent rows of one key after a sequence, in their order, at most `limit`.
 pub(crate) async fn unsent_of_key(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     key: &str,
     after: i64,
     limit: i64,
@@ -150,7 +151,7 @@ pub(crate) async fn unsent_of_key(
 /// Keys among these (key, sequence) that have an unsent row before that sequence.
 pub(crate) async fn keys_with_unsent_before(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     events: &[(String, i64)],
 ) -> Result<HashSet<String>, sqlx::Error> {
     let (keys, sequences): (Vec<&str>, Vec<i64>) =
