@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use shared_events::envelope::format_timestamp;
+use sqlx::types::Uuid;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
@@ -14,8 +15,8 @@ use crate::{
 
 /// Rows of one round; the next round goes on.
 const ROUND: i64 = 500;
-/// How far back unconfirmed rows are looked for. What is older was looked at in earlier rounds.
-const CONFIRMATION_REACH: Duration = Duration::from_secs(60 * 60);
+/// Rows looked at in one round for their confirmation.
+const LOOKED_AT: i64 = 100_000;
 /// How long a round waits for the broker; the next one goes on.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Stands in the requests of rows that nobody has confirmed.
@@ -30,22 +31,41 @@ pub(crate) struct StuckAfter {
     pub(crate) unconfirmed: Option<Duration>,
 }
 
+/// A look at the rows that nobody has confirmed goes on here.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    from: Uuid,
+    /// Nothing before it is left to be confirmed.
+    is_settled: bool,
+}
+
 /// What a relay does every second beside the next batch: repaired keys, rows asked for again, rows that are stuck.
 pub(crate) struct Upkeep {
     table: Table,
     pool: LimitedPool,
     metrics: Metrics,
     stuck_after: StuckAfter,
+    confirm_group: String,
     sweep_due: Instant,
+    /// The round before has not seen all rows.
+    look: Option<Look>,
 }
 
 impl Upkeep {
-    pub(crate) fn new(table: Table, pool: LimitedPool, metrics: Metrics, stuck_after: StuckAfter) -> Self {
+    pub(crate) fn new(
+        table: Table,
+        pool: LimitedPool,
+        metrics: Metrics,
+        stuck_after: StuckAfter,
+        confirm_group: String,
+    ) -> Self {
         Self {
             table,
             pool,
             metrics,
             stuck_after,
+            confirm_group,
+            look: None,
             sweep_due: Instant::now() + Self::interval(&stuck_after),
         }
     }
@@ -62,11 +82,19 @@ impl Upkeep {
         if delivery.is_stalled() {
             return Ok(());
         }
-        self.resend(delivery, wanted).await?;
+        let is_all = self.resend(delivery, wanted).await?;
         self.release_keys(delivery).await?;
-        if self.sweep_due <= Instant::now() {
+        let is_due = self.sweep_due <= Instant::now();
+        if is_due {
             self.sweep(delivery, wanted, horizon).await?;
             self.sweep_due = Instant::now() + Self::interval(&self.stuck_after);
+        }
+        // Not more than can be sent: the requests would only gather.
+        if let Some(patience) = self.stuck_after.unconfirmed
+            && is_all
+            && (is_due || self.look.is_some())
+        {
+            self.look = self.ask_for_unconfirmed(patience).await?;
         }
         Ok(())
     }
@@ -77,8 +105,8 @@ impl Upkeep {
         shortest.map_or(Duration::from_secs(60), |patience| patience / 4)
     }
 
-    /// Sends what operators asked for.
-    async fn resend(&self, delivery: &mut Delivery, wanted: &Unsent) -> Result<(), SweepError> {
+    /// Sends what operators asked for. False if there may be more.
+    async fn resend(&self, delivery: &mut Delivery, wanted: &Unsent) -> Result<bool, SweepError> {
         let buckets = wanted.buckets.as_deref();
         let (rows, failed) = table::next_resends(&self.table, &self.pool, buckets, ROUND).await?;
         let mut sent = Vec::new();
@@ -96,14 +124,15 @@ impl Upkeep {
                 None => break,
             }
         }
+        let is_all = (rows.len() as i64) < ROUND;
         if sent.is_empty() || !delivery.finish_within(PATIENCE).await? {
-            return Ok(());
+            return Ok(is_all);
         }
         table::mark_published_again(&self.table, &self.pool, &sent).await?;
         table::resend_done(&self.table, &self.pool, &sent, None).await?;
         self.metrics.resent(sent.len());
         tracing::info!(rows = sent.len(), first = %sent[0], "sent again as asked");
-        Ok(())
+        Ok(is_all)
     }
 
     /// Sends a row that was set aside, alone, so that a second refusal is its own; then its key's waiting rows in their
@@ -205,17 +234,35 @@ impl Upkeep {
                 after = next.filter(|_| rows.is_empty());
             }
         }
-        if let Some(patience) = self.stuck_after.unconfirmed {
-            let (patience_s, reach_s) = (patience.as_secs_f64(), CONFIRMATION_REACH.as_secs_f64());
-            let ids = table::unconfirmed(&self.table, &self.pool, patience_s, reach_s, ROUND).await?;
-            if let Some(id) = ids.first() {
-                self.metrics.swept("published", ids.len());
-                tracing::warn!(rows = ids.len(), first = %id, ?patience, "published and not confirmed; sending again");
-                let reason = format!("not confirmed within {} s", patience.as_secs());
-                table::request_resends(&self.table, &self.pool, &ids, SWEEPER, &reason).await?;
-            }
-        }
         Ok(())
+    }
+
+    /// Asks for what nobody has read back in time to be sent again; returns where the next round goes on. Each look begins
+    /// where the rows before are settled, so nothing is passed for good that is still to be confirmed.
+    async fn ask_for_unconfirmed(&self, patience: Duration) -> Result<Option<Look>, SweepError> {
+        let (table, pool, group) = (&self.table, &self.pool, &self.confirm_group);
+        let patience_s = patience.as_secs_f64();
+        let (settled_to, horizon) = table::settled_to(table, pool, group, patience_s).await?;
+        let begin = Look {
+            from: settled_to,
+            is_settled: true,
+        };
+        let Look { from, is_settled } = self.look.unwrap_or(begin);
+        let found = table::unconfirmed(table, pool, from, horizon, patience_s, LOOKED_AT).await?;
+        let reason = format!("not confirmed within {} s", patience.as_secs());
+        let rows = table::request_resends(table, pool, &found.due, SWEEPER, &reason).await?;
+        if rows > 0 {
+            self.metrics.swept("published", rows as usize);
+            tracing::warn!(rows, first = %found.due[0], ?patience, "published and not confirmed; sending again");
+        }
+        if is_settled {
+            let to = found.first.or(found.next).unwrap_or(horizon);
+            table::record_settled(table, pool, group, to, patience_s).await?;
+        }
+        Ok(found.next.map(|from| Look {
+            from,
+            is_settled: is_settled && found.first.is_none(),
+        }))
     }
 
     /// `None` if there was no room for it in time: the broker is slow or away, and whoever called us has more to do.

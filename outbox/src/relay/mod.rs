@@ -350,7 +350,8 @@ impl Relay {
             unsent,
             unconfirmed: self.reads_back().then_some(self.settings.confirm_within),
         };
-        Upkeep::new(self.table.clone(), self.pool.clone(), self.metrics.clone(), stuck_after)
+        let (table, pool, metrics) = (self.table.clone(), self.pool.clone(), self.metrics.clone());
+        Upkeep::new(table, pool, metrics, stuck_after, self.settings.confirm_group.clone())
     }
 
     fn failed(&self, error: &SessionError, backoff: Duration) {

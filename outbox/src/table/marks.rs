@@ -105,30 +105,6 @@ pub(crate) async fn failed_keys(table: &Table, pool: &LimitedPool) -> Result<Vec
         .await
 }
 
-/// Rows created in a span of time that are published and that nobody has confirmed for `patience` seconds.
-///
-/// Found by their ids, which begin with their time: an index on unconfirmed rows would cost every mark.
-pub(crate) async fn unconfirmed(
-    table: &Table,
-    pool: &LimitedPool,
-    patience_seconds: f64,
-    reach_seconds: f64,
-    limit: i64,
-) -> Result<Vec<Uuid>, sqlx::Error> {
-    sqlx::query_scalar(table.sql(
-        "SELECT id FROM $schema.outbox
-          WHERE id >= $schema.outbox_id_floor(now() - make_interval(secs => $1 + $2))
-            AND id < $schema.outbox_id_floor(now() - make_interval(secs => $1))
-            AND confirmed_at IS NULL AND published_at < now() - make_interval(secs => $1)
-          ORDER BY aggregateid, sequence LIMIT $3",
-    ))
-    .bind(patience_seconds)
-    .bind(reach_seconds)
-    .bind(limit)
-    .fetch_all(pool)
-    .await
-}
-
 /// The oldest transaction still running and the next one to come, in the whole cluster: `(xmin, xmax)` of a snapshot.
 /// What was running at one moment has ended, and its rows can be seen, once a later `xmin` has reached that `xmax`.
 pub(crate) async fn snapshot(pool: &LimitedPool) -> Result<(i64, i64), sqlx::Error> {

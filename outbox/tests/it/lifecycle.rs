@@ -310,3 +310,39 @@ async fn without_marks_what_is_asked_for_is_sent_again() -> anyhow::Result<()> {
     assert_eq!(sequences(&records, "k"), [1, 1]);
     relay.stop().await
 }
+
+/// More than one look finds, from long before the relay's last look: it was away, and the topic has lost them all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn however_much_is_never_read_back_is_sent_again() -> anyhow::Result<()> {
+    const EVENTS: i64 = 1_200;
+    let stage = Stage::new().await?;
+    let full = |settings: &mut outbox::RelaySettings| {
+        settings.lifecycle = Lifecycle::Full;
+        settings.confirm_within = Duration::from_secs(1);
+    };
+    let relay = stage.start_relay_with(full).await?;
+    wait_for("the relay to have looked", async || {
+        let looked = "SELECT count(*) FROM logistics.outbox_confirmations";
+        let looked: i64 = sqlx::query_scalar(looked).fetch_one(&stage.pool).await?;
+        Ok(looked == 1)
+    })
+    .await?;
+    relay.stop().await?;
+    let three_hours_ago = "UPDATE logistics.outbox_confirmations
+                              SET settled_to = logistics.outbox_id_floor(now() - interval '3 hours')";
+    sqlx::raw_sql(three_hours_ago).execute(&stage.pool).await?;
+    let two_hours_ago =
+        "INSERT INTO logistics.outbox (id, aggregatetype, aggregateid, type, version, sequence, payload,
+                                                       tx_key, published_at)
+         SELECT overlay(gen_random_uuid()::text PLACING
+                        left(logistics.outbox_id_floor(now() - interval '2 hours')::text, 13) FROM 1)::uuid,
+                'shipment', 'k', 'ShipmentCreated', 1, n, '{}', gen_random_uuid(), now() - interval '2 hours'
+           FROM generate_series(1, 1200) AS n";
+    sqlx::raw_sql(two_hours_ago).execute(&stage.pool).await?;
+    let relay = stage.start_relay_with(full).await?;
+    wait_for("every event to be completed", async || {
+        Ok(states(&stage).await?[3] == ("completed", EVENTS))
+    })
+    .await?;
+    relay.stop().await
+}
