@@ -44,12 +44,12 @@ CREATE TABLE logistics.outbox_default PARTITION OF logistics.outbox DEFAULT
     WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 5000,
           autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05);
 
--- The smallest UUIDv7 of an instant's millisecond.
+-- The smallest UUIDv7 of an instant's millisecond; before 1970 there is none, and the smallest of all does.
 CREATE FUNCTION logistics.outbox_id_floor(instant timestamptz) RETURNS uuid
     LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
     SET search_path = pg_catalog, pg_temp
 AS $$
-    SELECT (lpad(to_hex(floor(extract(epoch FROM instant) * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid
+    SELECT (lpad(to_hex(greatest(floor(extract(epoch FROM instant) * 1000), 0)::bigint), 12, '0') || repeat('0', 20))::uuid
 $$;
 
 -- Creates the daily partitions (UTC) from today to `days_ahead` days ahead, at most 60, and returns how many are new.

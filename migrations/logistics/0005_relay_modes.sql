@@ -3,6 +3,7 @@
 -- Promises
 --   * A row that the broker refuses for itself (too large, invalid) is set aside with the reason; the rows of its key wait
 --     behind it, all others flow (HAZARDS H29).
+--   * A row that its group does not read back is found, however many there are.
 --   * A request to send a row again is kept with who asked and what became of it.
 --   * At most one instance holds a lease on a bucket of keys at a time; each change of owner raises the bucket's epoch.
 --     Leases spare duplicates. Order does not depend on them: whoever publishes sends each key's unsent rows in sequence
@@ -34,6 +35,17 @@ CREATE INDEX outbox_resends_open ON logistics.outbox_resends (event_id) WHERE do
 
 GRANT SELECT, INSERT ON logistics.outbox_resends TO logistics_svc;
 GRANT SELECT, INSERT, UPDATE (done_at, refusal), DELETE ON logistics.outbox_resends TO logistics_relay;
+
+-- Up to where the rows are settled that a group reads back: confirmed, or refused by the broker when they were to be sent again.
+-- What is unconfirmed after it is looked for again and again, however long the relay was away.
+CREATE TABLE logistics.outbox_confirmations (
+    confirm_group text NOT NULL,
+    settled_to    uuid NOT NULL,
+
+    CONSTRAINT outbox_confirmations_pkey PRIMARY KEY (confirm_group)
+);
+
+GRANT SELECT, INSERT, UPDATE ON logistics.outbox_confirmations TO logistics_relay;
 
 -- Rows created before `unmarked_before` that carry no mark were published while marks were switched off.
 ALTER TABLE logistics.outbox_relay_positions ADD COLUMN unmarked_before timestamptz;
@@ -116,9 +128,10 @@ DECLARE
     part    record;
     unsent  boolean;
     dropped integer := 0;
-    -- A row that was set aside is never done with, whatever the marks say.
+    -- A row that was set aside, and what waits behind it, is never done with, whatever the marks say.
     left_over CONSTANT text := 'SELECT EXISTS (SELECT FROM logistics.%I WHERE published_at IS NULL '
-                               'AND ($1 IS NULL OR created_at >= $1 OR failed_at IS NOT NULL))';
+                               'AND ($1 IS NULL OR created_at >= $1 OR aggregateid IN '
+                               '(SELECT f.aggregateid FROM logistics.outbox AS f WHERE f.failed_at IS NOT NULL)))';
 BEGIN
     -- A typing error must not empty the outbox.
     IF keep_since IS NULL OR keep_since > now() - interval '1 hour' THEN

@@ -1,5 +1,6 @@
 use std::{
     collections::{HashMap, HashSet, VecDeque},
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -8,23 +9,24 @@ use opentelemetry::{KeyValue, metrics::Counter};
 use rdkafka::ClientConfig;
 use shared_events::{Envelope, envelope::format_timestamp};
 use sqlx::PgPool;
-use tokio::{
-    sync::{Notify, mpsc, oneshot},
-    time::Instant,
-};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     append::NewEvent,
-    delivery::{Delivery, DeliveryError, Handed, Records},
+    delivery::{Delivery, DeliveryError, Handed, Records, Refused},
+    limited_pool::LimitedPool,
     publisher::{Outgoing, PublishError},
     relay::RelaySettings,
     status::{Metrics, with_causes},
     table::{self, Table},
 };
 
-/// Commits that wait to be published; more are left to the relay.
+/// Commits that wait to be published, and the bytes of their events; more are left to the relay.
 const QUEUE: usize = 10_000;
+const QUEUE_BYTES: usize = 64 << 20;
+/// What an event takes beside its texts.
+const EVENT_OVERHEAD_BYTES: usize = 512;
 /// How long a commit may keep those behind it waiting.
 const COMMIT_PATIENCE: Duration = Duration::from_millis(250);
 /// Keys whose last published sequence is remembered.
@@ -38,8 +40,14 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, Default)]
 pub struct Hints {
     wake: Option<Arc<Notify>>,
-    queue: Option<mpsc::Sender<Ticket>>,
+    queue: Option<Queue>,
     left: Option<Counter<u64>>,
+}
+
+#[derive(Debug, Clone)]
+struct Queue {
+    tickets: mpsc::Sender<Ticket>,
+    bytes: Arc<Semaphore>,
 }
 
 /// Events about to be committed.
@@ -48,6 +56,7 @@ struct Ticket {
     events: Vec<NewEvent>,
     /// Dropped if they are not.
     committed: oneshot::Receiver<()>,
+    _bytes: OwnedSemaphorePermit,
 }
 
 /// A place in the order of commits.
@@ -75,22 +84,40 @@ impl Hints {
             wake: self.wake.clone(),
         };
         if let (Some(queue), false) = (&self.queue, events.is_empty()) {
-            let (sender, committed) = oneshot::channel();
-            let ticket = Ticket {
-                events: events.to_vec(),
-                committed,
-            };
-            match queue.try_send(ticket) {
-                Ok(()) => place.committed = Some(sender),
-                Err(_) => {
-                    if let Some(left) = &self.left {
-                        left.add(events.len() as u64, &[KeyValue::new("reason", "queue full")]);
-                    }
-                }
+            place.committed = queue.take(events);
+            if let (None, Some(left)) = (&place.committed, &self.left) {
+                left.add(events.len() as u64, &[KeyValue::new("reason", "queue full")]);
             }
         }
         place
     }
+}
+
+impl Queue {
+    fn new() -> (Self, mpsc::Receiver<Ticket>) {
+        let (tickets, queue) = mpsc::channel(QUEUE);
+        let bytes = Arc::new(Semaphore::new(QUEUE_BYTES));
+        (Self { tickets, bytes }, queue)
+    }
+
+    /// `None` if it is full.
+    fn take(&self, events: &[NewEvent]) -> Option<oneshot::Sender<()>> {
+        let bytes = u32::try_from(events.iter().map(bytes).sum::<usize>()).ok()?;
+        let bytes = self.bytes.clone().try_acquire_many_owned(bytes).ok()?;
+        let (sender, committed) = oneshot::channel();
+        let ticket = Ticket {
+            events: events.to_vec(),
+            committed,
+            _bytes: bytes,
+        };
+        self.tickets.try_send(ticket).ok().map(|()| sender)
+    }
+}
+
+/// What an event takes in memory, about.
+fn bytes(event: &NewEvent) -> usize {
+    let envelope = &event.envelope;
+    EVENT_OVERHEAD_BYTES + envelope.aggregate_id.len() + envelope.event_type.len() + envelope.payload.get().len()
 }
 
 impl Place {
@@ -113,7 +140,7 @@ impl Place {
 pub struct AfterCommit {
     settings: RelaySettings,
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     kafka: ClientConfig,
     metrics: Metrics,
     queue: mpsc::Receiver<Ticket>,
@@ -136,7 +163,7 @@ enum SessionError {
 
 impl AfterCommit {
     pub fn new(settings: RelaySettings, pool: PgPool, kafka: ClientConfig) -> (Self, Hints) {
-        let (sender, queue) = mpsc::channel(QUEUE);
+        let (sender, queue) = Queue::new();
         let left = opentelemetry::global::meter("outbox")
             .u64_counter("outbox.after_commit.left")
             .with_unit("{message}")
@@ -151,7 +178,7 @@ impl AfterCommit {
             table: Table::new(&settings.schema),
             metrics: Metrics::counters(),
             settings,
-            pool,
+            pool: pool.into(),
             kafka,
             queue,
             left,
@@ -169,29 +196,41 @@ impl AfterCommit {
                     "events are not published at once; the relay sends them"
                 );
             }
-            // What comes meanwhile must not wait: it is the relay's.
-            let resume = Instant::now() + BACKOFF;
-            loop {
-                let ticket = tokio::select! {
-                    () = stop.cancelled() => return,
-                    () = tokio::time::sleep_until(resume) => break,
-                    ticket = self.queue.recv() => ticket,
-                };
-                let Some(ticket) = ticket else { return };
-                self.leave(ticket.events.len(), "broker");
+            if self.queue.is_closed() {
+                return;
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.leave_during(tokio::time::sleep(BACKOFF)) => {}
+            }
+        }
+    }
+
+    /// What comes while nothing can be published must not wait: it is the relay's.
+    async fn leave_during<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                Some(ticket) = self.queue.recv() => self.leave(ticket.events.len(), "broker"),
             }
         }
     }
 
     async fn session(&mut self, stop: &CancellationToken) -> Result<(), SessionError> {
-        let publisher = self.settings.publisher(&self.kafka).await?;
         let records = Records {
             marks: true,
             slot: None,
             rereads: false,
         };
+        let (settings, kafka) = (self.settings.clone(), self.kafka.clone());
         let (table, pool, metrics) = (self.table.clone(), self.pool.clone(), self.metrics.clone());
-        let mut delivery = Delivery::new(publisher, table, pool, records, metrics, HashSet::new()).await?;
+        let begin = async move {
+            let publisher = settings.publisher(&kafka).await?;
+            let delivery = Delivery::new(publisher, table, pool, records, metrics, Refused::default()).await?;
+            Ok::<_, SessionError>(delivery)
+        };
+        let mut delivery = self.leave_during(begin).await?;
         let ended = self.publish(&mut delivery, stop).await;
         if ended.is_ok() && tokio::time::timeout(DRAIN_LIMIT, delivery.finish()).await.is_err() {
             tracing::warn!("the broker did not acknowledge in time; the relay sends the rest");
@@ -211,7 +250,12 @@ impl AfterCommit {
                     continue;
                 }
             };
-            let Some(Ticket { events, committed }) = ticket else {
+            let Some(Ticket {
+                events,
+                committed,
+                _bytes,
+            }) = ticket
+            else {
                 return Ok(());
             };
             match tokio::time::timeout(COMMIT_PATIENCE, committed).await {
@@ -254,7 +298,7 @@ impl AfterCommit {
                     })
                     .await?;
                 match handed {
-                    Handed::Over => published.remember(envelope),
+                    Handed::Over | Handed::Published => published.remember(envelope),
                     Handed::Withheld => self.leave(1, "order"),
                 }
             }
@@ -310,5 +354,45 @@ impl Published {
                 self.last.remove(&oldest);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shared_events::{
+        envelope::Fact,
+        shipment::{AGGREGATE_TYPE, ShipmentCreated},
+    };
+    use sqlx::types::Uuid;
+    use time::OffsetDateTime;
+
+    use super::*;
+
+    #[test]
+    fn the_queue_is_full_by_the_bytes_of_its_events_too() {
+        let now = OffsetDateTime::now_utc();
+        let fact = Fact {
+            aggregate_type: AGGREGATE_TYPE,
+            aggregate_id: "k".to_owned(),
+            sequence: 1,
+            transaction_key: Uuid::now_v7(),
+            timestamp: now,
+        };
+        let payload = ShipmentCreated {
+            order_id: "1".to_owned(),
+            warehouse: "x".repeat(1 << 20),
+            carrier: "Speedy".to_owned(),
+            lines: Vec::new(),
+            created_at: now,
+        };
+        let event = NewEvent {
+            envelope: Envelope::new(Uuid::now_v7(), fact, &payload).unwrap(),
+            traceparent: None,
+        };
+        let (queue, mut tickets) = Queue::new();
+        let taken = (0..100).map_while(|_| queue.take(std::slice::from_ref(&event))).count();
+        assert_eq!(taken, 63, "64 MiB hold no more of a little over 1 MiB");
+        drop(tickets.try_recv());
+        assert!(queue.take(std::slice::from_ref(&event)).is_some());
     }
 }

@@ -10,11 +10,12 @@ use rdkafka::{
     message::{BorrowedMessage, Headers},
 };
 use shared_events::headers::CE_ID;
-use sqlx::{PgPool, types::Uuid};
+use sqlx::types::Uuid;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    limited_pool::LimitedPool,
     status::{Metrics, with_causes},
     table::{self, Table},
 };
@@ -39,7 +40,7 @@ enum ConfirmError {
 /// An offset is committed after its rows are marked: a crash in between confirms them twice, which changes nothing.
 pub(crate) async fn read_back(
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     kafka: ClientConfig,
     topic: String,
     group: String,
@@ -69,7 +70,7 @@ pub(crate) async fn read_back(
 
 async fn session(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     kafka: &ClientConfig,
     topic: &str,
     group: &str,

@@ -4,12 +4,13 @@ use std::{
 };
 
 use rdkafka::error::KafkaError;
-use sqlx::{PgPool, types::Uuid};
+use sqlx::types::Uuid;
 use time::OffsetDateTime;
 use tokio::{task::JoinHandle, time::Instant};
 
 use crate::{
     ended::without_answer,
+    limited_pool::LimitedPool,
     publisher::{Outgoing, PublishError, Publisher, is_refusal},
     status::Metrics,
     table::{self, Aside, Position, SlotIdentity, Table},
@@ -29,7 +30,7 @@ const LAGGING_AFTER: Duration = Duration::from_secs(1);
 /// Acknowledged rows that wait for their mark; past it nothing more is published.
 const MAX_UNMARKED: usize = 50_000;
 /// Longer than a transaction lives between deciding on its events and its commit.
-const UNMARKED_MARGIN: time::Duration = time::Duration::hours(1);
+pub(crate) const UNMARKED_MARGIN: time::Duration = time::Duration::hours(1);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DeliveryError {
@@ -40,7 +41,7 @@ pub(crate) enum DeliveryError {
     #[error("a row that the broker refuses could not be set aside")]
     SetAside(#[source] sqlx::Error),
     /// A producer whose batch was refused cannot go on.
-    #[error("a row was set aside; the producer begins anew")]
+    #[error("a row was refused; the producer begins anew")]
     Renew,
 }
 
@@ -51,6 +52,24 @@ pub(crate) enum Handed {
     Over,
     /// Its key waits behind a row that was set aside.
     Withheld,
+    /// The broker had it once, and refuses to take it again.
+    Published,
+}
+
+/// What one delivery leaves to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Refused {
+    /// Rows to be sent alone, because a batch with them was refused.
+    suspects: HashSet<Uuid>,
+    /// Published rows that the broker refuses to take again.
+    published: HashSet<Uuid>,
+}
+
+impl Refused {
+    pub(crate) fn extend(&mut self, other: Self) {
+        self.suspects.extend(other.suspects);
+        self.published.extend(other.published);
+    }
 }
 
 /// What a delivery writes down about published events.
@@ -75,12 +94,14 @@ pub(crate) struct Records {
 pub(crate) struct Delivery {
     publisher: Publisher,
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     records: Records,
     metrics: Metrics,
     unmarked: Vec<Uuid>,
     /// Safe once `unmarked` is marked.
     position: Option<Position>,
+    /// The last position that is safe.
+    recorded: Lsn,
     writing: Option<Write>,
     last_write: Instant,
     /// Sent and not yet marked, if the source rereads.
@@ -89,8 +110,7 @@ pub(crate) struct Delivery {
     marked: Vec<Uuid>,
     /// Keys with a row that was set aside, and the last row of each that was withheld.
     blocked: HashMap<String, Option<Uuid>>,
-    /// Rows to be sent alone, because a batch with them was refused.
-    suspects: HashSet<Uuid>,
+    refused: Refused,
     /// Rows whose mark is set by whoever sent them, see [`Self::hold_mark`].
     held_marks: HashSet<Uuid>,
 }
@@ -103,14 +123,14 @@ struct Write {
 }
 
 impl Delivery {
-    /// `suspects` come from the delivery before, see [`Self::close`].
+    /// `refused` comes from the delivery before, see [`Self::close`].
     pub(crate) async fn new(
         publisher: Publisher,
         table: Table,
-        pool: PgPool,
+        pool: LimitedPool,
         records: Records,
         metrics: Metrics,
-        suspects: HashSet<Uuid>,
+        refused: Refused,
     ) -> Result<Self, sqlx::Error> {
         let failed = table::failed_keys(&table, &pool).await?;
         Ok(Self {
@@ -121,12 +141,13 @@ impl Delivery {
             metrics,
             unmarked: Vec::new(),
             position: None,
+            recorded: Lsn::default(),
             writing: None,
             last_write: Instant::now(),
             pending: HashSet::new(),
             marked: Vec::new(),
             blocked: failed.into_iter().map(|key| (key, None)).collect(),
-            suspects,
+            refused,
             held_marks: HashSet::new(),
         })
     }
@@ -149,13 +170,16 @@ impl Delivery {
     /// Publishes the event, unless its key waits behind a row that was set aside.
     ///
     /// # Errors
-    /// [`DeliveryError::Renew`] after this event was set aside.
+    /// [`DeliveryError::Renew`] after this event was refused for itself.
     pub(crate) async fn publish(&mut self, event: Outgoing<'_>) -> Result<Handed, DeliveryError> {
+        if self.refused.published.contains(&event.id) {
+            return Ok(Handed::Published);
+        }
         if let Some(last_withheld) = self.blocked.get_mut(event.key) {
             *last_withheld = Some(event.id);
             return Ok(Handed::Withheld);
         }
-        if self.suspects.contains(&event.id) {
+        if self.refused.suspects.contains(&event.id) {
             return match self.publish_alone(event).await? {
                 Some(error) => {
                     self.set_aside(event, &error).await?;
@@ -167,7 +191,8 @@ impl Delivery {
         match self.publisher.publish(event).await {
             Ok(()) => {}
             Err(PublishError::Refused(error)) if is_refusal(&error) => {
-                self.set_aside(event, &error).await?;
+                // What was sent before it is still on its way: the next session sends it alone.
+                self.refused.suspects.insert(event.id);
                 return Err(DeliveryError::Renew);
             }
             Err(error) => return Err(error.into()),
@@ -185,14 +210,20 @@ impl Delivery {
             self.progress().await?;
         }
         let refused = self.publisher.publish_alone(event).await?;
-        self.suspects.remove(&event.id);
+        self.refused.suspects.remove(&event.id);
         if refused.is_none() && self.records.rereads {
             self.pending.insert(event.id);
         }
         Ok(refused)
     }
 
-    /// Sets the row aside with the broker's reason; its key waits from now on.
+    /// Somebody asks for the row again: the broker may take it by now.
+    pub(crate) fn try_again(&mut self, id: Uuid) {
+        self.refused.published.remove(&id);
+    }
+
+    /// Sets the row aside with the broker's reason; its key waits from now on. One that was published before is left alone
+    /// instead, and whoever asked for it is told.
     pub(crate) async fn set_aside(&mut self, event: Outgoing<'_>, error: &KafkaError) -> Result<(), DeliveryError> {
         // Marked first: what was sent before it must not wait behind it. Everything before it is acknowledged.
         self.write_out().await?;
@@ -206,7 +237,10 @@ impl Delivery {
                 Ok(Aside::Done) => break,
                 Ok(Aside::Published) => {
                     tracing::warn!(event_id = %event.id, key = event.key, failure, "the broker refuses a repetition");
-                    return Ok(());
+                    self.refused.published.insert(event.id);
+                    return table::resend_done(&self.table, &self.pool, &[event.id], Some(&failure))
+                        .await
+                        .map_err(DeliveryError::SetAside);
                 }
                 Ok(Aside::Unseen) if oldest_running >= *horizon.get_or_insert(next) => {
                     tracing::warn!(event_id = %event.id, key = event.key, failure, "a refused row is gone");
@@ -283,7 +317,12 @@ impl Delivery {
         self.publisher.committed(end);
     }
 
-    /// Whether everything published is acknowledged, marked and recorded.
+    /// Up to where everything is acknowledged, marked and recorded; zero if nothing was by this delivery.
+    pub(crate) fn recorded(&self) -> Lsn {
+        self.recorded
+    }
+
+    /// Whether everything published is acknowledged and marked.
     pub(crate) fn is_idle(&self) -> bool {
         self.publisher.is_idle() && self.unmarked.is_empty() && self.writing.is_none()
     }
@@ -294,7 +333,7 @@ impl Delivery {
     }
 
     /// Waits until a position has become safe, or something else has changed that is worth a look. Safe to cancel.
-    pub(crate) async fn progress(&mut self) -> Result<Option<Lsn>, DeliveryError> {
+    pub(crate) async fn progress(&mut self) -> Result<(), DeliveryError> {
         self.collect()?;
         let due = match (self.unmarked.is_empty(), self.position) {
             (false, _) => Some(self.last_write + MARK_INTERVAL),
@@ -315,7 +354,7 @@ impl Delivery {
                         Ok(result) => result.map_err(DeliveryError::Mark)?,
                         Err(error) => without_answer(error).await,
                     }
-                    return Ok(position);
+                    self.recorded = self.recorded.max(position.unwrap_or_default());
                 }
                 () = self.publisher.changed() => {}
             }
@@ -327,33 +366,35 @@ impl Delivery {
         } else {
             self.publisher.changed().await;
         }
-        Ok(None)
+        Ok(())
     }
 
     /// Takes what has become known, and lets marks that are due begin, without waiting.
     pub(crate) async fn nudge(&mut self) -> Result<(), DeliveryError> {
         tokio::select! {
             biased;
-            progress = self.progress() => { progress?; }
-            () = std::future::ready(()) => {}
+            progress = self.progress() => progress,
+            () = std::future::ready(()) => Ok(()),
         }
-        Ok(())
     }
 
-    /// Waits until everything published is acknowledged, marked and recorded; returns the last position.
-    pub(crate) async fn finish(&mut self) -> Result<Option<Lsn>, DeliveryError> {
-        let mut last = None;
+    /// Waits until everything published is acknowledged, marked and recorded.
+    pub(crate) async fn finish(&mut self) -> Result<(), DeliveryError> {
         self.collect()?;
-        while !self.is_idle() {
-            last = last.max(self.progress().await?);
+        while !self.is_idle() || self.position.is_some() {
+            if self.is_idle() {
+                // With nothing to mark, a position would be recorded some seconds later.
+                self.write();
+            }
+            self.progress().await?;
         }
-        Ok(last)
+        Ok(())
     }
 
     /// The same, for at most `patience`; false if something is still on its way then.
     pub(crate) async fn finish_within(&mut self, patience: Duration) -> Result<bool, DeliveryError> {
         match tokio::time::timeout(patience, self.finish()).await {
-            Ok(finished) => finished.map(|_| true),
+            Ok(finished) => finished.map(|()| true),
             Err(_) => Ok(false),
         }
     }
@@ -376,12 +417,12 @@ impl Delivery {
             .map_err(DeliveryError::Mark)
     }
 
-    /// Ends the producer; what is unacknowledged comes again from its source. Returns the rows to be sent alone then.
-    pub(crate) async fn close(self) -> HashSet<Uuid> {
-        let mut suspects = self.suspects;
-        suspects.extend(self.publisher.take_refused());
+    /// Ends the producer; what is unacknowledged comes again from its source. Returns what the next delivery is to know.
+    pub(crate) async fn close(self) -> Refused {
+        let mut refused = self.refused;
+        refused.suspects.extend(self.publisher.take_refused());
         self.publisher.close().await;
-        suspects
+        refused
     }
 
     fn collect(&mut self) -> Result<(), DeliveryError> {
@@ -433,7 +474,7 @@ impl Delivery {
 /// Marks the rows, waiting for those that cannot be seen yet: the log brings a commit a moment before other sessions see
 /// its rows, and while a synchronous standby is away long before. An update that finds nothing then is not an error, so
 /// the mark would be lost in silence.
-async fn mark(table: &Table, pool: &PgPool, ids: Vec<Uuid>) -> Result<(), sqlx::Error> {
+async fn mark(table: &Table, pool: &LimitedPool, ids: Vec<Uuid>) -> Result<(), sqlx::Error> {
     if ids.is_empty() {
         return Ok(());
     }

@@ -14,6 +14,9 @@ mod append;
 /// All SQL on the outbox table and the tables around it.
 mod table;
 
+/// A pool whose questions end, also when the server has vanished.
+mod limited_pool;
+
 /// The relay: its modes, its sessions, and how it comes back after every failure.
 mod relay;
 

@@ -1,6 +1,5 @@
 use std::time::Duration;
 
-use sqlx::PgPool;
 use tokio::{
     sync::watch,
     time::{Instant, MissedTickBehavior},
@@ -8,6 +7,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    delivery::UNMARKED_MARGIN,
+    limited_pool::LimitedPool,
     relay::WalBudget,
     status::{Metrics, Seen, SlotHealth, with_causes},
     table::{self, Table},
@@ -23,11 +24,13 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Looks at backlog and slot until told to stop, also while the relay fails or stands by: a relay that is down must not
-/// take the view of its backlog with it. `breach` says why the slot costs more than its budget, while it does.
+/// take the view of its backlog with it. Without `marks` the recorded position says what is published. `breach` says why the
+/// slot costs more than its budget, while it does.
 pub(crate) async fn monitor(
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     slot: String,
+    marks: bool,
     budget: WalBudget,
     metrics: Metrics,
     breach: watch::Sender<Option<String>>,
@@ -46,7 +49,9 @@ pub(crate) async fn monitor(
         }
         let look = async {
             if round % BACKLOG_EVERY == 0 {
-                let since = table::unmarked_before(&table, &pool, &slot).await?;
+                let unmarked_before = table::unmarked_before(&table, &pool, &slot).await?;
+                // Nearer than what counts as sent after a switch: the margin would be the backlog of an idle outbox.
+                let since = unmarked_before.map(|before| if marks { before } else { before + UNMARKED_MARGIN });
                 seen.backlog = Some(table::backlog(&table, &pool, since).await?);
             }
             let row = table::slot(&pool, &slot).await?;

@@ -1,12 +1,15 @@
 use sqlx::{PgPool, types::Uuid};
 
-use crate::table::{self, EventState, Selection, StateCount, Table};
+use crate::{
+    limited_pool::LimitedPool,
+    table::{self, EventState, Selection, StateCount, Table},
+};
 
 /// The outbox of one schema as an operator sees it. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Operator {
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
 }
 
 impl Operator {
@@ -15,7 +18,7 @@ impl Operator {
     pub fn new(schema: &str, pool: PgPool) -> Self {
         Self {
             table: Table::new(schema),
-            pool,
+            pool: pool.into(),
         }
     }
 

@@ -1,10 +1,10 @@
 use std::time::Duration;
 
-use sqlx::PgPool;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    limited_pool::LimitedPool,
     status::with_causes,
     table::{self, Table},
 };
@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Makes the outbox's days ahead and drops those past `keep`, until told to stop. If it fails, rows go to the default
 /// partition meanwhile, and old days stay; no request fails.
-pub(crate) async fn retain(table: Table, pool: PgPool, slot: String, keep: Duration, stop: CancellationToken) {
+pub(crate) async fn retain(table: Table, pool: LimitedPool, slot: String, keep: Duration, stop: CancellationToken) {
     loop {
         let round = tokio::time::timeout(PATIENCE, round(&table, &pool, &slot, keep)).await;
         let pause = match round.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
@@ -40,7 +40,7 @@ pub(crate) async fn retain(table: Table, pool: PgPool, slot: String, keep: Durat
 }
 
 /// True if there may be more to drop.
-async fn round(table: &Table, pool: &PgPool, slot: &str, keep: Duration) -> Result<bool, sqlx::Error> {
+async fn round(table: &Table, pool: &LimitedPool, slot: &str, keep: Duration) -> Result<bool, sqlx::Error> {
     table::ensure_partitions(table, pool, DAYS_AHEAD).await?;
     let keep_since = OffsetDateTime::now_utc() - keep;
     let done_before = table::unmarked_before(table, pool, slot).await?;

@@ -1,12 +1,12 @@
 use std::time::Duration;
 
 use shared_events::envelope::format_timestamp;
-use sqlx::PgPool;
 use tokio::{task::JoinHandle, time::Instant};
 
 use crate::{
     delivery::{Delivery, DeliveryError, Handed},
     ended::without_answer,
+    limited_pool::LimitedPool,
     publisher::Outgoing,
     table::{self, After, Table, Unsent, UnsentRow},
 };
@@ -37,7 +37,7 @@ const SETTLE_INTERVAL: Duration = Duration::from_millis(100);
 /// The second pass begins when everything that ran at the end of the first has ended.
 pub(crate) async fn sweep_settled(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     delivery: &mut Delivery,
     wanted: &Unsent,
 ) -> Result<u64, SweepError> {
@@ -55,7 +55,12 @@ pub(crate) async fn sweep_settled(
 }
 
 /// Passes until one has seen everything, and all of it is marked.
-async fn whole_pass(table: &Table, pool: &PgPool, delivery: &mut Delivery, wanted: &Unsent) -> Result<u64, SweepError> {
+async fn whole_pass(
+    table: &Table,
+    pool: &LimitedPool,
+    delivery: &mut Delivery,
+    wanted: &Unsent,
+) -> Result<u64, SweepError> {
     let mut sent = 0;
     loop {
         let passed = pass(table, pool, delivery, wanted, || true).await?;
@@ -82,7 +87,7 @@ pub(crate) struct Passed {
 /// finds goes out once. None goes out never: that is what the pass is for.
 pub(crate) async fn pass(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     delivery: &mut Delivery,
     wanted: &Unsent,
     may_publish: impl Fn() -> bool,
@@ -107,7 +112,7 @@ pub(crate) async fn pass(
                     return Ok(Passed { sent, is_all: false });
                 }
                 tokio::select! {
-                    progress = delivery.progress() => { progress?; }
+                    progress = delivery.progress() => progress?,
                     () = tokio::time::sleep(ROOM_PATIENCE) => {}
                 }
             }
@@ -136,14 +141,12 @@ struct Page {
 struct Coming(JoinHandle<Result<Page, sqlx::Error>>);
 
 impl Page {
-    async fn read(table: &Table, pool: &PgPool, wanted: &Unsent, after: After) -> Result<Self, sqlx::Error> {
-        let rows = table::unsent(table, pool, wanted, &after, PAGE).await?;
-        let full = rows.len() as i64 == PAGE;
-        let after = rows.last().filter(|_| full).map(After::from);
+    async fn read(table: &Table, pool: &LimitedPool, wanted: &Unsent, after: After) -> Result<Self, sqlx::Error> {
+        let (rows, after) = table::unsent(table, pool, wanted, &after, PAGE).await?;
         Ok(Self { rows, after })
     }
 
-    fn begin(table: &Table, pool: &PgPool, wanted: &Unsent, after: After) -> Coming {
+    fn begin(table: &Table, pool: &LimitedPool, wanted: &Unsent, after: After) -> Coming {
         let (table, pool, wanted) = (table.clone(), pool.clone(), wanted.clone());
         Coming(tokio::spawn(
             async move { Self::read(&table, &pool, &wanted, after).await },

@@ -1,12 +1,13 @@
 use std::time::Duration;
 
 use shared_events::envelope::format_timestamp;
-use sqlx::PgPool;
+use sqlx::types::Uuid;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
 use crate::{
     delivery::{Delivery, DeliveryError, Handed},
+    limited_pool::LimitedPool,
     status::Metrics,
     sweep::SweepError,
     table::{self, After, Table, Unsent, UnsentRow},
@@ -14,8 +15,8 @@ use crate::{
 
 /// Rows of one round; the next round goes on.
 const ROUND: i64 = 500;
-/// How far back unconfirmed rows are looked for. What is older was looked at in earlier rounds.
-const CONFIRMATION_REACH: Duration = Duration::from_secs(60 * 60);
+/// Rows looked at in one round for their confirmation.
+const LOOKED_AT: i64 = 100_000;
 /// How long a round waits for the broker; the next one goes on.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Stands in the requests of rows that nobody has confirmed.
@@ -30,22 +31,41 @@ pub(crate) struct StuckAfter {
     pub(crate) unconfirmed: Option<Duration>,
 }
 
+/// A look at the rows that nobody has confirmed goes on here.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    from: Uuid,
+    /// Nothing before it is left to be confirmed.
+    is_settled: bool,
+}
+
 /// What a relay does every second beside the next batch: repaired keys, rows asked for again, rows that are stuck.
 pub(crate) struct Upkeep {
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     metrics: Metrics,
     stuck_after: StuckAfter,
+    confirm_group: String,
     sweep_due: Instant,
+    /// The round before has not seen all rows.
+    look: Option<Look>,
 }
 
 impl Upkeep {
-    pub(crate) fn new(table: Table, pool: PgPool, metrics: Metrics, stuck_after: StuckAfter) -> Self {
+    pub(crate) fn new(
+        table: Table,
+        pool: LimitedPool,
+        metrics: Metrics,
+        stuck_after: StuckAfter,
+        confirm_group: String,
+    ) -> Self {
         Self {
             table,
             pool,
             metrics,
             stuck_after,
+            confirm_group,
+            look: None,
             sweep_due: Instant::now() + Self::interval(&stuck_after),
         }
     }
@@ -62,11 +82,19 @@ impl Upkeep {
         if delivery.is_stalled() {
             return Ok(());
         }
-        self.resend(delivery, wanted).await?;
+        let is_all = self.resend(delivery, wanted).await?;
         self.release_keys(delivery).await?;
-        if self.sweep_due <= Instant::now() {
+        let is_due = self.sweep_due <= Instant::now();
+        if is_due {
             self.sweep(delivery, wanted, horizon).await?;
             self.sweep_due = Instant::now() + Self::interval(&self.stuck_after);
+        }
+        // Not more than can be sent: the requests would only gather.
+        if let Some(patience) = self.stuck_after.unconfirmed
+            && is_all
+            && (is_due || self.look.is_some())
+        {
+            self.look = self.ask_for_unconfirmed(patience).await?;
         }
         Ok(())
     }
@@ -77,27 +105,34 @@ impl Upkeep {
         shortest.map_or(Duration::from_secs(60), |patience| patience / 4)
     }
 
-    /// Sends what operators asked for.
-    async fn resend(&self, delivery: &mut Delivery, wanted: &Unsent) -> Result<(), SweepError> {
+    /// Sends what operators asked for. False if there may be more.
+    async fn resend(&self, delivery: &mut Delivery, wanted: &Unsent) -> Result<bool, SweepError> {
         let buckets = wanted.buckets.as_deref();
         let (rows, failed) = table::next_resends(&self.table, &self.pool, buckets, ROUND).await?;
         let mut sent = Vec::new();
         for row in &rows {
+            delivery.try_again(row.id);
             if failed.contains(&row.id) {
                 self.repair(delivery, row).await?;
-            } else if self.publish(delivery, row).await? == Some(Handed::Over) {
+                continue;
+            }
+            match self.publish(delivery, row).await? {
+                Some(Handed::Over) => sent.push(row.id),
                 // One behind a row that was set aside stays asked for: it goes when its key does.
-                sent.push(row.id);
+                Some(Handed::Withheld | Handed::Published) => {}
+                // The others would wait in vain as well.
+                None => break,
             }
         }
+        let is_all = (rows.len() as i64) < ROUND;
         if sent.is_empty() || !delivery.finish_within(PATIENCE).await? {
-            return Ok(());
+            return Ok(is_all);
         }
         table::mark_published_again(&self.table, &self.pool, &sent).await?;
         table::resend_done(&self.table, &self.pool, &sent, None).await?;
         self.metrics.resent(sent.len());
         tracing::info!(rows = sent.len(), first = %sent[0], "sent again as asked");
-        Ok(())
+        Ok(is_all)
     }
 
     /// Sends a row that was set aside, alone, so that a second refusal is its own; then its key's waiting rows in their
@@ -183,28 +218,51 @@ impl Upkeep {
                 before: Some(horizon - patience),
                 ..wanted.clone()
             };
-            let rows = table::unsent(&self.table, &self.pool, &stuck, &After::default(), ROUND).await?;
-            for row in &rows {
-                if self.publish(delivery, row).await?.is_none() {
-                    return Ok(());
+            let mut after = Some(After::default());
+            while let Some(begin) = after {
+                let (rows, next) = table::unsent(&self.table, &self.pool, &stuck, &begin, ROUND).await?;
+                for row in &rows {
+                    if self.publish(delivery, row).await?.is_none() {
+                        return Ok(());
+                    }
                 }
-            }
-            if let Some(row) = rows.first() {
-                self.metrics.swept("init", rows.len());
-                tracing::warn!(rows = rows.len(), first = %row.id, ?patience, "rows were stuck unsent; sent now");
-            }
-        }
-        if let Some(patience) = self.stuck_after.unconfirmed {
-            let (patience_s, reach_s) = (patience.as_secs_f64(), CONFIRMATION_REACH.as_secs_f64());
-            let ids = table::unconfirmed(&self.table, &self.pool, patience_s, reach_s, ROUND).await?;
-            if let Some(id) = ids.first() {
-                self.metrics.swept("published", ids.len());
-                tracing::warn!(rows = ids.len(), first = %id, ?patience, "published and not confirmed; sending again");
-                let reason = format!("not confirmed within {} s", patience.as_secs());
-                table::request_resends(&self.table, &self.pool, &ids, SWEEPER, &reason).await?;
+                if let Some(row) = rows.first() {
+                    self.metrics.swept("init", rows.len());
+                    tracing::warn!(rows = rows.len(), first = %row.id, ?patience, "rows were stuck unsent; sent now");
+                }
+                // Rows that are not stuck fill looks too; what is, goes some at a time.
+                after = next.filter(|_| rows.is_empty());
             }
         }
         Ok(())
+    }
+
+    /// Asks for what nobody has read back in time to be sent again; returns where the next round goes on. Each look begins
+    /// where the rows before are settled, so nothing is passed for good that is still to be confirmed.
+    async fn ask_for_unconfirmed(&self, patience: Duration) -> Result<Option<Look>, SweepError> {
+        let (table, pool, group) = (&self.table, &self.pool, &self.confirm_group);
+        let patience_s = patience.as_secs_f64();
+        let (settled_to, horizon) = table::settled_to(table, pool, group, patience_s).await?;
+        let begin = Look {
+            from: settled_to,
+            is_settled: true,
+        };
+        let Look { from, is_settled } = self.look.unwrap_or(begin);
+        let found = table::unconfirmed(table, pool, from, horizon, patience_s, LOOKED_AT).await?;
+        let reason = format!("not confirmed within {} s", patience.as_secs());
+        let rows = table::request_resends(table, pool, &found.due, SWEEPER, &reason).await?;
+        if rows > 0 {
+            self.metrics.swept("published", rows as usize);
+            tracing::warn!(rows, first = %found.due[0], ?patience, "published and not confirmed; sending again");
+        }
+        if is_settled {
+            let to = found.first.or(found.next).unwrap_or(horizon);
+            table::record_settled(table, pool, group, to, patience_s).await?;
+        }
+        Ok(found.next.map(|from| Look {
+            from,
+            is_settled: is_settled && found.first.is_none(),
+        }))
     }
 
     /// `None` if there was no room for it in time: the broker is slow or away, and whoever called us has more to do.
@@ -212,7 +270,7 @@ impl Upkeep {
         let give_up = Instant::now() + PATIENCE;
         while !delivery.has_room_for(&row.aggregate_id) {
             match tokio::time::timeout_at(give_up, delivery.progress()).await {
-                Ok(progress) => drop(progress?),
+                Ok(progress) => progress?,
                 Err(_) => return Ok(None),
             }
         }

@@ -1,6 +1,6 @@
 use std::{sync::Arc, time::Duration};
 
-use sqlx::{PgPool, types::Uuid};
+use sqlx::types::Uuid;
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -8,6 +8,7 @@ use tokio::{
 };
 
 use crate::{
+    limited_pool::LimitedPool,
     status::with_causes,
     table::{self, Holding, Table},
 };
@@ -59,14 +60,14 @@ impl Held {
 /// Keeps this instance's leases alive, beside whatever it publishes. Dropping it ends the renewal, not the leases.
 pub(crate) struct Leases {
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     member: Uuid,
     held: watch::Receiver<Held>,
     renewal: JoinHandle<()>,
 }
 
 impl Leases {
-    pub(crate) fn keep(table: Table, pool: PgPool, member: Uuid) -> Self {
+    pub(crate) fn keep(table: Table, pool: LimitedPool, member: Uuid) -> Self {
         let (sender, held) = watch::channel(Held::default());
         let renewal = tokio::spawn(renew(table.clone(), pool.clone(), member, sender));
         Self {
@@ -112,7 +113,7 @@ impl Drop for Leases {
     }
 }
 
-async fn renew(table: Table, pool: PgPool, member: Uuid, held: watch::Sender<Held>) {
+async fn renew(table: Table, pool: LimitedPool, member: Uuid, held: watch::Sender<Held>) {
     let mut told = false;
     let mut due = tokio::time::interval(RENEWAL);
     due.set_missed_tick_behavior(MissedTickBehavior::Delay);

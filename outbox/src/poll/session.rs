@@ -1,6 +1,6 @@
 use std::{sync::Arc, time::Duration};
 
-use sqlx::{PgPool, types::Uuid};
+use sqlx::types::Uuid;
 use time::OffsetDateTime;
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::leases::Leases;
 use crate::{
     delivery::Delivery,
+    limited_pool::LimitedPool,
     status::StatusWriter,
     sweep::{SweepError, pass},
     table::{Table, Unsent},
@@ -37,7 +38,7 @@ pub(crate) struct PollSettings {
 /// One life of the table as a source.
 pub(crate) struct Poll<'a> {
     pub(crate) table: &'a Table,
-    pub(crate) pool: &'a PgPool,
+    pub(crate) pool: &'a LimitedPool,
     /// This instance among those that share the keys.
     pub(crate) member: Uuid,
     pub(crate) status: &'a StatusWriter,
@@ -131,7 +132,7 @@ impl Poll<'_> {
                         pause = (pause * 2).min(settings.longest_pause);
                         waiting = false;
                     }
-                    progress = delivery.progress() => { progress?; }
+                    progress = delivery.progress() => progress?,
                 }
             }
             if stop.is_cancelled() {
@@ -139,7 +140,7 @@ impl Poll<'_> {
             }
         }
         match tokio::time::timeout(DRAIN_LIMIT, delivery.finish()).await {
-            Ok(finished) => drop(finished?),
+            Ok(finished) => finished?,
             Err(_) => tracing::warn!("the broker did not acknowledge in time; unacknowledged events are sent again"),
         }
         leases.leave().await;

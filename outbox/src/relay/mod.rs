@@ -13,7 +13,6 @@ mod auto;
 mod error;
 
 use std::{
-    collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -30,7 +29,8 @@ use tokio_util::sync::CancellationToken;
 use self::error::SessionError;
 use crate::{
     confirm,
-    delivery::{Delivery, Records},
+    delivery::{Delivery, Records, Refused},
+    limited_pool::LimitedPool,
     monitor::monitor,
     publisher::{Bounds, PublishError, Publisher},
     retention::retain,
@@ -155,7 +155,7 @@ pub struct Relay {
     address: Address,
     slot: Slot,
     table: Table,
-    pool: PgPool,
+    pool: LimitedPool,
     kafka: ClientConfig,
     status: StatusWriter,
     metrics: Metrics,
@@ -163,8 +163,8 @@ pub struct Relay {
     /// This instance among those that share the keys of the table.
     member: Uuid,
     breach: watch::Sender<Option<String>>,
-    /// Rows of batches that were refused, from the session that ended with it to the next.
-    suspects: Mutex<HashSet<Uuid>>,
+    /// Rows that were refused, from one session to the next.
+    refused: Mutex<Refused>,
 }
 
 /// One life over one source.
@@ -201,13 +201,13 @@ impl Relay {
             table: Table::new(&settings.schema),
             metrics: Metrics::new(status.reader()),
             settings,
-            pool,
+            pool: pool.into(),
             kafka,
             status,
             wake: Arc::default(),
             member: Uuid::now_v7(),
             breach: watch::Sender::new(None),
-            suspects: Mutex::default(),
+            refused: Mutex::default(),
         })
     }
 
@@ -255,6 +255,7 @@ impl Relay {
             table.clone(),
             pool.clone(),
             slot.clone(),
+            self.marks(),
             self.settings.wal_budget,
             self.metrics.clone(),
             self.breach.clone(),
@@ -279,6 +280,12 @@ impl Relay {
             ));
         }
         beside
+    }
+
+    /// Whoever reads the table cannot do without.
+    fn marks(&self) -> bool {
+        let follows_log = matches!(self.settings.mode, Mode::Wal | Mode::Auto);
+        self.settings.lifecycle != Lifecycle::Off || !follows_log
     }
 
     /// Nobody else can say what was published from outside.
@@ -325,17 +332,17 @@ impl Relay {
     }
 
     async fn delivery(&self, publisher: Publisher, records: Records) -> Result<Delivery, sqlx::Error> {
-        let suspects = std::mem::take(&mut *self.suspects.lock().unwrap_or_else(PoisonError::into_inner));
+        let refused = std::mem::take(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner));
         let (table, pool, metrics) = (self.table.clone(), self.pool.clone(), self.metrics.clone());
-        Delivery::new(publisher, table, pool, records, metrics, suspects).await
+        Delivery::new(publisher, table, pool, records, metrics, refused).await
     }
 
     async fn end(&self, delivery: Delivery) {
-        let suspects = delivery.close().await;
-        self.suspects
+        let refused = delivery.close().await;
+        self.refused
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .extend(suspects);
+            .extend(refused);
     }
 
     fn upkeep(&self, unsent: Option<Duration>) -> Upkeep {
@@ -343,7 +350,8 @@ impl Relay {
             unsent,
             unconfirmed: self.reads_back().then_some(self.settings.confirm_within),
         };
-        Upkeep::new(self.table.clone(), self.pool.clone(), self.metrics.clone(), stuck_after)
+        let (table, pool, metrics) = (self.table.clone(), self.pool.clone(), self.metrics.clone());
+        Upkeep::new(table, pool, metrics, stuck_after, self.settings.confirm_group.clone())
     }
 
     fn failed(&self, error: &SessionError, backoff: Duration) {

@@ -1,6 +1,6 @@
 use tokio_util::sync::CancellationToken;
 
-use super::{Lifecycle, Relay, error::SessionError};
+use super::{Relay, error::SessionError};
 use crate::{
     delivery::{Delivery, Records},
     publisher::Publisher,
@@ -53,7 +53,7 @@ impl Relay {
             publisher,
         } = prepared;
         let records = Records {
-            marks: self.settings.lifecycle != Lifecycle::Off,
+            marks: self.marks(),
             slot: Some(origin.identity.clone()),
             rereads: false,
         };
@@ -102,7 +102,7 @@ impl Relay {
         self.slot.start(&mut connection).await?;
         self.status.switch(Source::Wal, "the slot streams");
         self.status.set(RelayState::Streaming);
-        let sweep_after = (self.settings.lifecycle != Lifecycle::Off).then_some(self.settings.sweep_after);
+        let sweep_after = self.marks().then_some(self.settings.sweep_after);
         let mut upkeep = self.upkeep(sweep_after);
         let on_stall = |stalled| self.status.streaming(stalled);
         Ok(wal::stream(

@@ -1,8 +1,9 @@
 use std::time::Duration;
 
-use sqlx::{PgPool, types::Uuid};
+use sqlx::types::Uuid;
 
 use super::Table;
+use crate::limited_pool::LimitedPool;
 
 /// A bucket that this instance holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +18,7 @@ pub(crate) struct Holding {
 /// Renews this member's leases for `term`, takes free buckets up to its fair share, and returns what it holds now.
 pub(crate) async fn lease(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     member: Uuid,
     term: Duration,
 ) -> Result<Vec<Holding>, sqlx::Error> {
@@ -33,7 +34,12 @@ pub(crate) async fn lease(
 }
 
 /// Gives these buckets back; nothing of them is on its way any more.
-pub(crate) async fn release(table: &Table, pool: &PgPool, member: Uuid, buckets: &[i32]) -> Result<(), sqlx::Error> {
+pub(crate) async fn release(
+    table: &Table,
+    pool: &LimitedPool,
+    member: Uuid,
+    buckets: &[i32],
+) -> Result<(), sqlx::Error> {
     sqlx::query(table.sql(
         "UPDATE $schema.outbox_relay_buckets SET leased_until = '-infinity' WHERE owner = $1 AND bucket = ANY($2)",
     ))
@@ -46,7 +52,7 @@ pub(crate) async fn release(table: &Table, pool: &PgPool, member: Uuid, buckets:
 
 impl Table {
     /// Gives everything back and leaves, so that others need not wait for the leases to run out.
-    pub(crate) async fn leave(&self, pool: &PgPool, member: Uuid) -> Result<(), sqlx::Error> {
+    pub(crate) async fn leave(&self, pool: &LimitedPool, member: Uuid) -> Result<(), sqlx::Error> {
         sqlx::query(self.sql(
             "WITH gone AS (DELETE FROM $schema.outbox_relay_members WHERE member = $1)
              UPDATE $schema.outbox_relay_buckets SET leased_until = '-infinity' WHERE owner = $1",

@@ -1,7 +1,8 @@
-use sqlx::{PgPool, Row, types::Uuid};
+use sqlx::{Row, types::Uuid};
 use time::OffsetDateTime;
 
 use super::Table;
+use crate::limited_pool::LimitedPool;
 
 /// Counting stops here: past it, "many" is all an operator needs, and the count stays cheap.
 const COUNT_LIMIT: i64 = 1_000_000;
@@ -53,7 +54,7 @@ const STATES: [(&str, &str); 4] = [
 ];
 
 /// Events per state, in the order of a life.
-pub(crate) async fn counts(table: &Table, pool: &PgPool) -> Result<Vec<StateCount>, sqlx::Error> {
+pub(crate) async fn counts(table: &Table, pool: &LimitedPool) -> Result<Vec<StateCount>, sqlx::Error> {
     let mut counts = Vec::with_capacity(STATES.len());
     for (state, condition) in STATES {
         let (events, oldest) = sqlx::query_as(table.sql(&format!(
@@ -68,7 +69,7 @@ pub(crate) async fn counts(table: &Table, pool: &PgPool) -> Result<Vec<StateCoun
 }
 
 /// One event's life; `None` if there is no such event, or no more.
-pub(crate) async fn event(table: &Table, pool: &PgPool, id: Uuid) -> Result<Option<EventState>, sqlx::Error> {
+pub(crate) async fn event(table: &Table, pool: &LimitedPool, id: Uuid) -> Result<Option<EventState>, sqlx::Error> {
     let row = sqlx::query(table.sql(
         "SELECT aggregateid, type, sequence, created_at, published_at, confirmed_at, failed_at, failure,
                 EXISTS (SELECT FROM $schema.outbox_resends AS r WHERE r.event_id = o.id AND r.done_at IS NULL) AS open
@@ -97,7 +98,7 @@ pub(crate) async fn event(table: &Table, pool: &PgPool, id: Uuid) -> Result<Opti
 /// Rows not yet published: how many (at most 1,000,000 are counted) and the oldest one's time.
 pub(crate) async fn backlog(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     since: Option<OffsetDateTime>,
 ) -> Result<(i64, Option<OffsetDateTime>), sqlx::Error> {
     sqlx::query_as(table.sql(&format!(
@@ -123,7 +124,7 @@ pub(crate) struct SlotRow {
 }
 
 /// `None` without such a slot.
-pub(crate) async fn slot(pool: &PgPool, slot: &str) -> Result<Option<SlotRow>, sqlx::Error> {
+pub(crate) async fn slot(pool: &LimitedPool, slot: &str) -> Result<Option<SlotRow>, sqlx::Error> {
     sqlx::query_as(
         "SELECT (confirmed_flush_lsn - '0/0')::bigint AS confirmed,
                 (pg_current_wal_lsn() - confirmed_flush_lsn)::bigint AS lag,
@@ -136,7 +137,7 @@ pub(crate) async fn slot(pool: &PgPool, slot: &str) -> Result<Option<SlotRow>, s
 }
 
 /// Drops the slot if there is one and nobody streams from it; true if it is gone.
-pub(crate) async fn drop_slot(pool: &PgPool, slot: &str) -> Result<bool, sqlx::Error> {
+pub(crate) async fn drop_slot(pool: &LimitedPool, slot: &str) -> Result<bool, sqlx::Error> {
     sqlx::query(
         "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots
                   WHERE slot_name = $1 AND NOT active",

@@ -1,10 +1,11 @@
-use sqlx::{PgPool, types::Uuid};
+use sqlx::types::Uuid;
 
 use super::Table;
+use crate::limited_pool::LimitedPool;
 
 /// INIT → PUBLISHED, only forward: a row that is marked keeps its first time. One that was set aside is so no more.
 /// Returns the ids that have no visible row.
-pub(crate) async fn mark_published(table: &Table, pool: &PgPool, ids: &[Uuid]) -> Result<Vec<Uuid>, sqlx::Error> {
+pub(crate) async fn mark_published(table: &Table, pool: &LimitedPool, ids: &[Uuid]) -> Result<Vec<Uuid>, sqlx::Error> {
     // Ids are UUIDv7 and the table is partitioned by them. Planned with its ids each time: a generic plan would look for
     // each of them in every day's partition.
     let marked = sqlx::query(table.sql(
@@ -28,7 +29,7 @@ pub(crate) async fn mark_published(table: &Table, pool: &PgPool, ids: &[Uuid]) -
 }
 
 /// The rows were sent once more because nobody had confirmed them: their wait for a confirmation begins anew.
-pub(crate) async fn mark_published_again(table: &Table, pool: &PgPool, ids: &[Uuid]) -> Result<(), sqlx::Error> {
+pub(crate) async fn mark_published_again(table: &Table, pool: &LimitedPool, ids: &[Uuid]) -> Result<(), sqlx::Error> {
     sqlx::query(
         table.sql(
             "UPDATE $schema.outbox SET published_at = clock_timestamp() WHERE id = ANY($1) AND confirmed_at IS NULL",
@@ -42,7 +43,7 @@ pub(crate) async fn mark_published_again(table: &Table, pool: &PgPool, ids: &[Uu
 }
 
 /// → COMPLETED: the product's own group has read the records back, so they were published too, whoever did it.
-pub(crate) async fn confirm(table: &Table, pool: &PgPool, ids: &[Uuid]) -> Result<u64, sqlx::Error> {
+pub(crate) async fn confirm(table: &Table, pool: &LimitedPool, ids: &[Uuid]) -> Result<u64, sqlx::Error> {
     let confirmed = sqlx::query(table.sql(
         "UPDATE $schema.outbox
             SET confirmed_at = clock_timestamp(), published_at = coalesce(published_at, clock_timestamp()),
@@ -67,7 +68,12 @@ pub(crate) enum Aside {
 }
 
 /// The broker refuses this row for itself: it is set aside, and its key waits behind it.
-pub(crate) async fn set_aside(table: &Table, pool: &PgPool, id: Uuid, failure: &str) -> Result<Aside, sqlx::Error> {
+pub(crate) async fn set_aside(
+    table: &Table,
+    pool: &LimitedPool,
+    id: Uuid,
+    failure: &str,
+) -> Result<Aside, sqlx::Error> {
     let marked = sqlx::query(table.sql(
         "UPDATE $schema.outbox SET failed_at = clock_timestamp(), failure = $2 WHERE id = $1 AND published_at IS NULL",
     ))
@@ -85,7 +91,7 @@ pub(crate) async fn set_aside(table: &Table, pool: &PgPool, id: Uuid, failure: &
 }
 
 /// Whether the row can be seen.
-pub(crate) async fn is_seen(table: &Table, pool: &PgPool, id: Uuid) -> Result<bool, sqlx::Error> {
+pub(crate) async fn is_seen(table: &Table, pool: &LimitedPool, id: Uuid) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar(table.sql("SELECT EXISTS (SELECT FROM $schema.outbox WHERE id = $1)"))
         .bind(id)
         .fetch_one(pool)
@@ -93,39 +99,15 @@ pub(crate) async fn is_seen(table: &Table, pool: &PgPool, id: Uuid) -> Result<bo
 }
 
 /// Keys with a row that was set aside.
-pub(crate) async fn failed_keys(table: &Table, pool: &PgPool) -> Result<Vec<String>, sqlx::Error> {
+pub(crate) async fn failed_keys(table: &Table, pool: &LimitedPool) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(table.sql("SELECT DISTINCT aggregateid FROM $schema.outbox WHERE failed_at IS NOT NULL"))
         .fetch_all(pool)
         .await
 }
 
-/// Rows created in a span of time that are published and that nobody has confirmed for `patience` seconds.
-///
-/// Found by their ids, which begin with their time: an index on unconfirmed rows would cost every mark.
-pub(crate) async fn unconfirmed(
-    table: &Table,
-    pool: &PgPool,
-    patience_seconds: f64,
-    reach_seconds: f64,
-    limit: i64,
-) -> Result<Vec<Uuid>, sqlx::Error> {
-    sqlx::query_scalar(table.sql(
-        "SELECT id FROM $schema.outbox
-          WHERE id >= $schema.outbox_id_floor(now() - make_interval(secs => $1 + $2))
-            AND id < $schema.outbox_id_floor(now() - make_interval(secs => $1))
-            AND confirmed_at IS NULL AND published_at < now() - make_interval(secs => $1)
-          ORDER BY aggregateid, sequence LIMIT $3",
-    ))
-    .bind(patience_seconds)
-    .bind(reach_seconds)
-    .bind(limit)
-    .fetch_all(pool)
-    .await
-}
-
 /// The oldest transaction still running and the next one to come, in the whole cluster: `(xmin, xmax)` of a snapshot.
 /// What was running at one moment has ended, and its rows can be seen, once a later `xmin` has reached that `xmax`.
-pub(crate) async fn snapshot(pool: &PgPool) -> Result<(i64, i64), sqlx::Error> {
+pub(crate) async fn snapshot(pool: &LimitedPool) -> Result<(i64, i64), sqlx::Error> {
     sqlx::query_as(
         "SELECT pg_snapshot_xmin(now)::text::bigint, pg_snapshot_xmax(now)::text::bigint FROM pg_current_snapshot() AS now",
     )

@@ -12,6 +12,9 @@ mod marks;
 /// Rows to send, in an order that keeps each key's own.
 mod unsent;
 
+/// Which rows nobody has read back, and up to where there are none.
+mod confirmations;
+
 /// Up to where each slot is done.
 mod positions;
 
@@ -28,10 +31,11 @@ mod partitions;
 mod inspect;
 
 pub(crate) use buckets::{Holding, lease, release};
+pub(crate) use confirmations::{record_settled, settled_to, unconfirmed};
 pub use inspect::{EventState, StateCount};
 pub(crate) use inspect::{backlog, counts, drop_slot, event, slot};
 pub(crate) use marks::{
-    Aside, confirm, failed_keys, is_seen, mark_published, mark_published_again, set_aside, snapshot, unconfirmed,
+    Aside, confirm, failed_keys, is_seen, mark_published, mark_published_again, set_aside, snapshot,
 };
 pub(crate) use partitions::{drop_partitions, ensure_partitions, forget_default_rows};
 pub(crate) use positions::{Position, SlotIdentity, record_position, recorded_position, unmarked_before};

@@ -1,10 +1,10 @@
-use sqlx::PgPool;
 use time::OffsetDateTime;
 
 use super::Table;
+use crate::limited_pool::LimitedPool;
 
 /// Makes today's partition and those of the next `days` days, where they do not exist.
-pub(crate) async fn ensure_partitions(table: &Table, pool: &PgPool, days: i32) -> Result<(), sqlx::Error> {
+pub(crate) async fn ensure_partitions(table: &Table, pool: &LimitedPool, days: i32) -> Result<(), sqlx::Error> {
     sqlx::query(table.sql("SELECT $schema.ensure_outbox_partitions($1)"))
         .bind(days)
         .execute(pool)
@@ -13,10 +13,10 @@ pub(crate) async fn ensure_partitions(table: &Table, pool: &PgPool, days: i32) -
 }
 
 /// Drops at most one day that ended before `keep_since` and holds nothing unsent; returns its name. Rows without a mark
-/// that were created before `done_before` count as sent.
+/// that were created before `done_before` count as sent, but for those of a key with one that was set aside.
 pub(crate) async fn drop_partitions(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     keep_since: OffsetDateTime,
     done_before: Option<OffsetDateTime>,
 ) -> Result<Vec<String>, sqlx::Error> {
@@ -30,7 +30,7 @@ pub(crate) async fn drop_partitions(
 /// Deletes at most `limit` rows that came while their partition was missing, under the same rule.
 pub(crate) async fn forget_default_rows(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     keep_since: OffsetDateTime,
     done_before: Option<OffsetDateTime>,
     limit: i64,
@@ -39,7 +39,10 @@ pub(crate) async fn forget_default_rows(
         "DELETE FROM $schema.outbox_default
           WHERE id IN (SELECT id FROM $schema.outbox_default
                         WHERE id < $schema.outbox_id_floor($1)
-                          AND (published_at IS NOT NULL OR created_at < $2)
+                          AND (published_at IS NOT NULL
+                               OR created_at < $2
+                                  AND aggregateid NOT IN (SELECT failed.aggregateid FROM $schema.outbox AS failed
+                                                           WHERE failed.failed_at IS NOT NULL))
                         LIMIT $3)",
     ))
     .bind(keep_since)

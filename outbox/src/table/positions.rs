@@ -1,7 +1,8 @@
-use sqlx::{PgPool, Row};
+use sqlx::Row;
 use time::OffsetDateTime;
 
 use super::Table;
+use crate::limited_pool::LimitedPool;
 use crate::watermark::Lsn;
 
 /// A slot of one database cluster.
@@ -22,7 +23,7 @@ pub(crate) struct Position {
 /// Everything below `position` is published, and marked if marks are on. Only forward, within one cluster.
 pub(crate) async fn record_position(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     identity: &SlotIdentity,
     position: Position,
 ) -> Result<(), sqlx::Error> {
@@ -48,7 +49,7 @@ pub(crate) async fn record_position(
 /// The position recorded for the slot; zero if there is none for this cluster.
 pub(crate) async fn recorded_position(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     identity: &SlotIdentity,
 ) -> Result<Lsn, sqlx::Error> {
     let row = sqlx::query(table.sql(
@@ -66,7 +67,7 @@ pub(crate) async fn recorded_position(
 /// The time before which rows without a mark count as sent, because marks were off then.
 pub(crate) async fn unmarked_before(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     slot: &str,
 ) -> Result<Option<OffsetDateTime>, sqlx::Error> {
     let found: Option<Option<OffsetDateTime>> =

@@ -1,7 +1,8 @@
-use sqlx::{PgPool, types::Uuid};
+use sqlx::types::Uuid;
 use time::OffsetDateTime;
 
 use super::{Table, UnsentRow};
+use crate::limited_pool::LimitedPool;
 
 /// Which events an operator means.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,7 +20,7 @@ const IN_ORDER: &str = "ORDER BY aggregateid, sequence, id LIMIT $1";
 /// Ids of the events meant, each key's in its order, at most `limit`.
 pub(crate) async fn select_resends(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     meant: &Selection,
     limit: i64,
 ) -> Result<Vec<Uuid>, sqlx::Error> {
@@ -42,7 +43,7 @@ pub(crate) async fn select_resends(
 /// Asks the relay to send these events again; those already asked for and not yet sent are left out. Returns how many.
 pub(crate) async fn request_resends(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     ids: &[Uuid],
     requested_by: &str,
     reason: &str,
@@ -60,10 +61,11 @@ pub(crate) async fn request_resends(
     Ok(requested.rows_affected())
 }
 
-/// The next rows that are to be sent again, each key's in its order, and the ids among them that were set aside.
+/// The next rows that are to be sent again, each key's in its order, and the ids among them that were set aside. The others
+/// of a key with such a row wait: they would fill each look, and the repair of their key would stand behind them.
 pub(crate) async fn next_resends(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     buckets: Option<&[i32]>,
     limit: i64,
 ) -> Result<(Vec<UnsentRow>, Vec<Uuid>), sqlx::Error> {
@@ -73,7 +75,11 @@ pub(crate) async fn next_resends(
            FROM $schema.outbox_resends AS r JOIN $schema.outbox AS o ON o.id = r.event_id
           WHERE r.done_at IS NULL
             -- One that was never sent goes when its source brings it: sent now, it would pass those before it.
-            AND (o.published_at IS NOT NULL OR o.failed_at IS NOT NULL)
+            AND (o.published_at IS NOT NULL OR o.failed_at IS NOT NULL
+                 OR o.created_at < (SELECT max(unmarked_before) FROM $schema.outbox_relay_positions))
+            AND (o.failed_at IS NOT NULL
+                 OR o.aggregateid NOT IN (SELECT failed.aggregateid FROM $schema.outbox AS failed
+                                           WHERE failed.failed_at IS NOT NULL))
             AND ($1::int[] IS NULL OR $schema.outbox_bucket(o.aggregateid) = ANY($1))
           ORDER BY o.aggregateid, o.sequence, o.id
           LIMIT $2",
@@ -97,7 +103,7 @@ pub(crate) async fn next_resends(
 /// What became of the open request for this event: sent, or not for the reason given.
 pub(crate) async fn resend_done(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     ids: &[Uuid],
     refusal: Option<&str>,
 ) -> Result<(), sqlx::Error> {
@@ -115,7 +121,7 @@ pub(crate) async fn resend_done(
 /// Deletes requests from before `keep_since`: the events they mean are past retention.
 pub(crate) async fn forget_resends(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     keep_since: OffsetDateTime,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(table.sql("DELETE FROM $schema.outbox_resends WHERE requested_at < $1"))

@@ -1,9 +1,10 @@
 use std::collections::HashSet;
 
-use sqlx::{PgPool, Row, postgres::PgRow, types::Uuid};
+use sqlx::{Row, postgres::PgRow, types::Uuid};
 use time::OffsetDateTime;
 
 use super::Table;
+use crate::limited_pool::LimitedPool;
 
 /// A row as the relay sends it from the table.
 #[derive(Debug)]
@@ -41,6 +42,17 @@ pub(crate) struct After {
     id: Uuid,
 }
 
+impl After {
+    /// Behind all rows of the key.
+    fn whole_key(self) -> Self {
+        Self {
+            sequence: i64::MAX,
+            id: Uuid::max(),
+            ..self
+        }
+    }
+}
+
 impl From<&UnsentRow> for After {
     fn from(row: &UnsentRow) -> Self {
         Self {
@@ -58,29 +70,36 @@ pub(crate) struct Unsent {
     pub(crate) buckets: Option<Vec<i32>>,
     /// Created at or after.
     pub(crate) since: Option<OffsetDateTime>,
-    /// Created before.
+    /// Created before, as are all unsent rows before them in their key: the times are of several clocks.
     pub(crate) before: Option<OffsetDateTime>,
 }
 
-/// The next unsent rows of a pass, ordered by (aggregate id, sequence, id): each key's first unsent row comes first.
+/// The next unsent rows of a pass, ordered by (aggregate id, sequence, id): each key's first unsent row comes first. Looks at
+/// `limit` rows, which are not all meant, and says where to go on if there may be more.
 pub(crate) async fn unsent(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     wanted: &Unsent,
     after: &After,
     limit: i64,
-) -> Result<Vec<UnsentRow>, sqlx::Error> {
+) -> Result<(Vec<UnsentRow>, Option<After>), sqlx::Error> {
+    // The limit stands inside: before the windows are computed, the rows come from the index in their order.
     let rows = sqlx::query(table.sql(
-        "SELECT id, aggregateid, type, version, sequence, payload::text AS payload, traceparent, created_at
-           FROM $schema.outbox
-          WHERE published_at IS NULL AND (aggregateid, sequence, id) > ($1, $2, $3)
-            AND ($4::int[] IS NULL OR $schema.outbox_bucket(aggregateid) = ANY($4))
-            AND ($5::timestamptz IS NULL OR created_at >= $5)
-            AND ($6::timestamptz IS NULL OR created_at < $6)
-            AND aggregateid NOT IN (SELECT failed.aggregateid FROM $schema.outbox AS failed
-                                     WHERE failed.failed_at IS NOT NULL)
-          ORDER BY aggregateid, sequence, id
-          LIMIT $7",
+        "SELECT id, aggregateid, type, version, sequence, payload::text AS payload, traceparent, created_at, is_young, is_last
+           FROM (SELECT page.*,
+                        coalesce(bool_or(created_at >= $6) OVER (PARTITION BY aggregateid ORDER BY sequence, id), false)
+                            AS is_young,
+                        row_number() OVER (ORDER BY aggregateid, sequence, id) = $7 AS is_last
+                   FROM (SELECT * FROM $schema.outbox
+                          WHERE published_at IS NULL AND (aggregateid, sequence, id) > ($1, $2, $3)
+                            AND ($4::int[] IS NULL OR $schema.outbox_bucket(aggregateid) = ANY($4))
+                            AND ($5::timestamptz IS NULL OR created_at >= $5)
+                            AND aggregateid NOT IN (SELECT failed.aggregateid FROM $schema.outbox AS failed
+                                                     WHERE failed.failed_at IS NOT NULL)
+                          ORDER BY aggregateid, sequence, id
+                          LIMIT $7) AS page) AS waiting
+          WHERE NOT is_young OR is_last
+          ORDER BY aggregateid, sequence, id",
     ))
     .bind(&after.aggregate_id)
     .bind(after.sequence)
@@ -91,13 +110,25 @@ pub(crate) async fn unsent(
     .bind(limit)
     .fetch_all(pool)
     .await?;
-    rows.iter().map(UnsentRow::read).collect()
+    let mut next = None;
+    let mut found = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let (event, is_young) = (UnsentRow::read(row)?, row.try_get("is_young")?);
+        if row.try_get("is_last")? {
+            let after = After::from(&event);
+            next = Some(if is_young { after.whole_key() } else { after });
+        }
+        if !is_young {
+            found.push(event);
+        }
+    }
+    Ok((found, next))
 }
 
 /// The next unsent rows of one key after a sequence, in their order, at most `limit`.
 pub(crate) async fn unsent_of_key(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     key: &str,
     after: i64,
     limit: i64,
@@ -120,7 +151,7 @@ pub(crate) async fn unsent_of_key(
 /// Keys among these (key, sequence) that have an unsent row before that sequence.
 pub(crate) async fn keys_with_unsent_before(
     table: &Table,
-    pool: &PgPool,
+    pool: &LimitedPool,
     events: &[(String, i64)],
 ) -> Result<HashSet<String>, sqlx::Error> {
     let (keys, sequences): (Vec<&str>, Vec<i64>) =

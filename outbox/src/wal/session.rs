@@ -57,7 +57,6 @@ pub(crate) async fn stream(
         streamed: None,
         waiting: None,
     };
-    let mut confirmed = confirmed;
     let mut heard = Instant::now();
     let mut status_due = tokio::time::interval(STATUS_INTERVAL);
     status_due.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -79,7 +78,7 @@ pub(crate) async fn stream(
                     filled?;
                     heard = Instant::now();
                 }
-                progress = delivery.progress() => confirmed = confirmed.max(progress?.unwrap_or_default()),
+                progress = delivery.progress() => progress?,
                 _ = status_due.tick() => {
                     if heard.elapsed() > SILENCE_LIMIT {
                         return Err(ConnectionError::Timeout(SILENCE_LIMIT).into());
@@ -94,13 +93,15 @@ pub(crate) async fn stream(
             }
         }
         if answer {
+            let confirmed = confirmed.max(delivery.recorded());
             connection.send_status(confirmed, now_micros()).await?;
         }
     }
     match tokio::time::timeout(DRAIN_LIMIT, delivery.finish()).await {
-        Ok(last) => confirmed = confirmed.max(last?.unwrap_or_default()),
+        Ok(finished) => finished?,
         Err(_) => tracing::warn!("the broker did not acknowledge in time; unacknowledged events are sent again"),
     }
+    let confirmed = confirmed.max(delivery.recorded());
     connection.send_status(confirmed, now_micros()).await?;
     Ok(connection.close().await?)
 }

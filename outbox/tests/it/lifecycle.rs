@@ -43,6 +43,11 @@ async fn without_marks_the_position_says_what_is_published() -> anyhow::Result<(
 
     let relay = stage.start_relay_with(off).await?;
     relay.reaches(RelayState::Streaming).await?;
+    wait_for("the backlog to be known", async || {
+        Ok(relay.status.seen().backlog.is_some())
+    })
+    .await?;
+    assert_eq!(relay.status.seen().backlog, Some((0, None)));
     stage.commit(&[Stage::event("k", 51)]).await?;
     let records = stage
         .read_until(|records| sequences(records, "k").contains(&51))
@@ -187,4 +192,157 @@ async fn a_day_past_retention_is_dropped_only_when_all_of_it_is_published() -> a
         .await;
     assert!(refused.is_err(), "an outbox is not emptied by a typing error");
     Ok(())
+}
+
+/// Without marks the position passes what waits behind a failed row, and rows before its time count as sent: not these.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retention_keeps_a_failed_row_and_what_waits_behind_it() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    // In a day of their own, in a later one, and in the default partition, each beside a row that may go.
+    let sql = "DO $$
+        DECLARE day date; low uuid; high uuid; midnight timestamptz;
+        BEGIN
+            FOR ago IN 18..21 LOOP
+                day := (now() AT TIME ZONE 'UTC')::date - ago;
+                midnight := day::timestamp AT TIME ZONE 'UTC';
+                low := logistics.outbox_id_floor(midnight);
+                high := logistics.outbox_id_floor(midnight + interval '1 day');
+                IF ago > 19 THEN
+                    EXECUTE format('CREATE TABLE logistics.%I PARTITION OF logistics.outbox FOR VALUES FROM (%L) TO (%L)',
+                                   'outbox_' || to_char(day, 'YYYYMMDD'), low, high);
+                END IF;
+                INSERT INTO logistics.outbox (id, aggregatetype, aggregateid, type, version, sequence, payload, tx_key,
+                                              created_at, failed_at, failure)
+                SELECT logistics.outbox_id_floor(midnight + make_interval(secs => n)), 'shipment',
+                       CASE WHEN n = 1 THEN 'gone-' || ago || n ELSE 'kept' END, 'ShipmentCreated', 1, 30 - ago, '{}',
+                       low, midnight, CASE WHEN n = 2 AND ago = 21 THEN now() END, CASE WHEN n = 2 AND ago = 21 THEN 'no' END
+                  FROM generate_series(1, 2) AS n;
+            END LOOP;
+        END $$";
+    sqlx::raw_sql(sql).execute(&stage.pool).await?;
+    // A relay without marks has passed them all.
+    let passed = "INSERT INTO logistics.outbox_relay_positions (slot, system_identifier, position, unmarked_before)
+                  SELECT $1, system_identifier::text, '0/1', now() - interval '1 day' FROM pg_control_system()";
+    sqlx::query(passed).bind(&stage.slot).execute(&stage.pool).await?;
+    let left = async || -> anyhow::Result<Vec<String>> {
+        let left = "SELECT DISTINCT aggregateid FROM logistics.outbox ORDER BY 1";
+        Ok(sqlx::query_scalar(left).fetch_all(&stage.pool).await?)
+    };
+    let relay = stage
+        .start_relay_with(|settings| settings.lifecycle = Lifecycle::Off)
+        .await?;
+    // Those that share a day with what is kept stay with it; the default partition's go one by one.
+    wait_for("the others to go", async || {
+        Ok(left().await? == ["gone-201", "gone-211", "kept"])
+    })
+    .await?;
+    let kept = "SELECT count(*) FROM logistics.outbox WHERE aggregateid = 'kept'";
+    assert_eq!(sqlx::query_scalar::<_, i64>(kept).fetch_one(&stage.pool).await?, 4);
+    relay.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn times_before_1970_find_what_came_later() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    stage.commit(&[Stage::event("k", 1)]).await?;
+    let now = time::OffsetDateTime::now_utc();
+    let meant = Selection::Created {
+        from: time::OffsetDateTime::UNIX_EPOCH - Duration::from_secs(86_400),
+        to: now + Duration::from_secs(60),
+    };
+    let operator = Operator::new("logistics", stage.pool.clone());
+    assert_eq!(operator.select(&meant, 10).await?.len(), 1);
+    Ok(())
+}
+
+/// Two writers' clocks differ: a key's later event looks older than its earlier one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_is_old_enough_waits_for_an_earlier_one_that_looks_too_young() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    let (mut ahead, mut behind) = (Stage::event("k", 1), Stage::event("k", 2));
+    ahead.envelope.timestamp += Duration::from_secs(1);
+    behind.envelope.timestamp -= Duration::from_secs(10);
+    stage.commit(&[ahead]).await?;
+    stage.commit(&[behind]).await?;
+    let relay = stage
+        .start_relay_with(|settings| {
+            settings.mode = Mode::External;
+            settings.sweep_after = Duration::from_millis(500);
+        })
+        .await?;
+    stage.all_marked().await?;
+    let records = stage.read_until(|records| records.len() >= 2).await?;
+    assert_eq!(sequences(&records, "k"), [1, 2]);
+    relay.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_marks_a_clean_stop_repeats_nothing() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    for sequence in 1..=3 {
+        let relay = stage
+            .start_relay_with(|settings| settings.lifecycle = Lifecycle::Off)
+            .await?;
+        relay.reaches(RelayState::Streaming).await?;
+        stage.commit(&[Stage::event("k", sequence)]).await?;
+        let records = stage
+            .read_until(|records| sequences(records, "k").contains(&sequence))
+            .await?;
+        assert_eq!(sequences(&records, "k"), (1..=sequence).collect::<Vec<_>>());
+        relay.stop().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_marks_what_is_asked_for_is_sent_again() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    let relay = stage
+        .start_relay_with(|settings| settings.lifecycle = Lifecycle::Off)
+        .await?;
+    relay.reaches(RelayState::Streaming).await?;
+    let mut event = Stage::event("k", 1);
+    event.envelope.timestamp -= Duration::from_secs(2 * 3600);
+    stage.commit(std::slice::from_ref(&event)).await?;
+    let operator = Operator::new("logistics", stage.pool.clone());
+    operator.resend(&[event.envelope.id], "ann", "lost downstream").await?;
+    let records = stage.read_until(|records| records.len() >= 2).await?;
+    assert_eq!(sequences(&records, "k"), [1, 1]);
+    relay.stop().await
+}
+
+/// More than one look finds, from long before the relay's last look: it was away, and the topic has lost them all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn however_much_is_never_read_back_is_sent_again() -> anyhow::Result<()> {
+    const EVENTS: i64 = 1_200;
+    let stage = Stage::new().await?;
+    let full = |settings: &mut outbox::RelaySettings| {
+        settings.lifecycle = Lifecycle::Full;
+        settings.confirm_within = Duration::from_secs(1);
+    };
+    let relay = stage.start_relay_with(full).await?;
+    wait_for("the relay to have looked", async || {
+        let looked = "SELECT count(*) FROM logistics.outbox_confirmations";
+        let looked: i64 = sqlx::query_scalar(looked).fetch_one(&stage.pool).await?;
+        Ok(looked == 1)
+    })
+    .await?;
+    relay.stop().await?;
+    let three_hours_ago = "UPDATE logistics.outbox_confirmations
+                              SET settled_to = logistics.outbox_id_floor(now() - interval '3 hours')";
+    sqlx::raw_sql(three_hours_ago).execute(&stage.pool).await?;
+    let two_hours_ago =
+        "INSERT INTO logistics.outbox (id, aggregatetype, aggregateid, type, version, sequence, payload,
+                                                       tx_key, published_at)
+         SELECT overlay(gen_random_uuid()::text PLACING
+                        left(logistics.outbox_id_floor(now() - interval '2 hours')::text, 13) FROM 1)::uuid,
+                'shipment', 'k', 'ShipmentCreated', 1, n, '{}', gen_random_uuid(), now() - interval '2 hours'
+           FROM generate_series(1, 1200) AS n";
+    sqlx::raw_sql(two_hours_ago).execute(&stage.pool).await?;
+    let relay = stage.start_relay_with(full).await?;
+    wait_for("every event to be completed", async || {
+        Ok(states(&stage).await?[3] == ("completed", EVENTS))
+    })
+    .await?;
+    relay.stop().await
 }

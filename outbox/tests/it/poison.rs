@@ -1,4 +1,6 @@
-use outbox::{Mode, Operator, Selection};
+use std::time::Duration;
+
+use outbox::{Mode, Operator, Outbox, RelayState, Selection};
 
 use crate::stage::{Stage, first_seen, sequences, wait_for};
 
@@ -142,5 +144,151 @@ async fn nothing_passes_a_first_batch_that_is_refused() -> anyhow::Result<()> {
             "nothing behind the refused event"
         );
     }
+    relay.stop().await
+}
+
+/// The topic's limit is lowered below what it has taken already, and somebody asks for that again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_published_event_that_the_broker_refuses_to_repeat_is_answered_and_left_alone() -> anyhow::Result<()> {
+    for mode in [Mode::Wal, Mode::Poll] {
+        let stage = Stage::new().await?;
+        let relay = stage.start_relay_with(|settings| settings.mode = mode).await?;
+        let large = Stage::large_event("k", 1, 8_000);
+        stage.commit(std::slice::from_ref(&large)).await?;
+        stage.all_marked().await?;
+        stage.limit_records(4_000).await?;
+        let operator = Operator::new("logistics", stage.pool.clone());
+        let id = large.envelope.id;
+        operator.resend(&[id], "ann", "lost downstream").await?;
+        wait_for("the refusal to be noted", async || {
+            let refused = "SELECT count(*) FROM logistics.outbox_resends WHERE refusal IS NOT NULL";
+            let refused: i64 = sqlx::query_scalar(refused).fetch_one(&stage.pool).await?;
+            Ok(refused == 1)
+        })
+        .await?;
+        assert_eq!(operator.event(id).await?.unwrap().state(), "published");
+        stage.commit(&[Stage::event("k", 2)]).await?;
+        stage.all_marked().await?;
+
+        stage.limit_records(1_000_000).await?;
+        operator.resend(&[id], "ann", "the limit is raised").await?;
+        let records = stage
+            .read_until(|records| {
+                sequences(records, "k")
+                    .iter()
+                    .filter(|sequence| **sequence == 1)
+                    .count()
+                    > 1
+            })
+            .await?;
+        assert_eq!(first_seen(&sequences(&records, "k")), [1, 2], "{mode:?}");
+        relay.stop().await?;
+    }
+    Ok(())
+}
+
+/// The same without anybody's asking: a crash of the server may leave the slot where it was before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rewound_slot_passes_a_published_event_that_the_broker_refuses_to_repeat() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    let relay = stage.start_relay().await?;
+    relay.reaches(RelayState::Streaming).await?;
+    relay.stop().await?;
+    let before = format!("{}_before", stage.slot);
+    let copy = "SELECT pg_copy_logical_replication_slot($1, $2)";
+    sqlx::query(copy)
+        .bind(&stage.slot)
+        .bind(&before)
+        .execute(&stage.pool)
+        .await?;
+    let relay = stage.start_relay().await?;
+    stage.commit(&[Stage::large_event("k", 1, 8_000)]).await?;
+    stage.all_marked().await?;
+    relay.stop().await?;
+
+    stage.limit_records(4_000).await?;
+    for (drop, copied) in [(&stage.slot, Some(&before)), (&before, None)] {
+        sqlx::query("SELECT pg_drop_replication_slot($1)")
+            .bind(drop)
+            .execute(&stage.pool)
+            .await?;
+        if let Some(copied) = copied {
+            sqlx::query(copy)
+                .bind(copied)
+                .bind(&stage.slot)
+                .execute(&stage.pool)
+                .await?;
+        }
+    }
+    let relay = stage.start_relay().await?;
+    stage.commit(&[Stage::event("k", 2)]).await?;
+    stage.all_marked().await?;
+    wait_for("the slot to follow", async || Ok(stage.slot_lag().await? < 100_000)).await?;
+    let records = stage.read_until(|records| records.len() >= 2).await?;
+    assert_eq!(sequences(&records, "k"), [1, 2]);
+    relay.stop().await
+}
+
+/// Above the client's own limit: it refuses at once, while what stands before is still on its way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_the_client_refuses_leaves_nothing_before_it_behind() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    let relay = stage
+        .start_relay_with(|settings| {
+            settings.mode = Mode::Wal;
+            settings.linger = Duration::from_millis(200);
+        })
+        .await?;
+    let mut events: Vec<_> = (1..=20).map(|sequence| Stage::event("k", sequence)).collect();
+    events.push(Stage::large_event("k", 21, 1_200_000));
+    let mut tx = stage.pool.begin().await?;
+    Outbox::new("logistics", "logistics", 2_000_000)
+        .append(&mut tx, &events)
+        .await?;
+    tx.commit().await?;
+    let failed = async || -> anyhow::Result<i64> {
+        let failed = "SELECT count(*) FROM logistics.outbox WHERE failed_at IS NOT NULL";
+        Ok(sqlx::query_scalar(failed).fetch_one(&stage.pool).await?)
+    };
+    wait_for("the row to be set aside", async || Ok(failed().await? == 1)).await?;
+    wait_for("all before it to be marked", async || {
+        Ok(stage.unpublished().await? == 1)
+    })
+    .await?;
+    let records = stage
+        .read_until(|records| first_seen(&sequences(records, "k")).len() == 20)
+        .await?;
+    assert_eq!(first_seen(&sequences(&records, "k")), (1..=20).collect::<Vec<_>>());
+    relay.stop().await
+}
+
+/// More is asked for of a key that waits than fits into one look; what others ask for, and its own repair, come behind.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_asked_of_a_waiting_key_hides_neither_other_requests_nor_its_repair() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    stage.limit_records(300_000).await?;
+    let relay = stage.start_relay_with(|settings| settings.mode = Mode::Wal).await?;
+    let mut events: Vec<_> = (1..=600).map(|sequence| Stage::event("bad", sequence)).collect();
+    events.push(Stage::event("good", 1));
+    stage.commit(&events).await?;
+    stage.all_marked().await?;
+    let poison = Stage::large_event("bad", 601, 600_000);
+    stage.commit(std::slice::from_ref(&poison)).await?;
+    let operator = Operator::new("logistics", stage.pool.clone());
+    let id = poison.envelope.id;
+    wait_for("the row to be set aside", async || {
+        Ok(operator.event(id).await?.is_some_and(|event| event.state() == "failed"))
+    })
+    .await?;
+    for key in ["bad", "good"] {
+        let ids = operator.select(&Selection::AggregateId(key.to_owned()), 600).await?;
+        operator.resend(&ids, "ann", "lost downstream").await?;
+    }
+    stage
+        .read_until(|records| sequences(records, "good").len() == 2)
+        .await?;
+    stage.limit_records(1_000_000).await?;
+    operator.resend(&[id], "ann", "the limit is raised").await?;
+    stage.all_marked().await?;
     relay.stop().await
 }
