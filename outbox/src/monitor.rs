@@ -23,15 +23,20 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 /// A server that vanished without a reset never answers.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// What is looked at, and when it costs too much.
+pub(crate) struct Watched {
+    pub(crate) slot: String,
+    /// Rows bear marks; without them the recorded position says what is published.
+    pub(crate) marks: bool,
+    pub(crate) budget: WalBudget,
+}
+
 /// Looks at backlog and slot until told to stop, also while the relay fails or stands by: a relay that is down must not
-/// take the view of its backlog with it. Without `marks` the recorded position says what is published. `breach` says why the
-/// slot costs more than its budget, while it does.
+/// take the view of its backlog with it. `breach` says why the slot costs more than its budget, while it does.
 pub(crate) async fn monitor(
     table: Table,
     pool: LimitedPool,
-    slot: String,
-    marks: bool,
-    budget: WalBudget,
+    Watched { slot, marks, budget }: Watched,
     metrics: Metrics,
     breach: watch::Sender<Option<String>>,
     stop: CancellationToken,

@@ -31,7 +31,7 @@ use crate::{
     confirm,
     delivery::{Delivery, Records, Refused},
     limited_pool::LimitedPool,
-    monitor::monitor,
+    monitor::{Watched, monitor},
     publisher::{Bounds, PublishError, Publisher},
     retention::retain,
     status::{Metrics, RelayState, SlotHealth, Source, Status, StatusWriter, with_causes},
@@ -254,9 +254,11 @@ impl Relay {
         beside.spawn(monitor(
             table.clone(),
             pool.clone(),
-            slot.clone(),
-            self.marks(),
-            self.settings.wal_budget,
+            Watched {
+                slot: slot.clone(),
+                marks: self.marks(),
+                budget: self.settings.wal_budget,
+            },
             self.metrics.clone(),
             self.breach.clone(),
             stop.clone(),
