@@ -121,13 +121,13 @@ impl<'a> Table<'a> {
         }
         if !self.begun && !rows.is_empty() {
             self.begun = true;
-            let headers = self.columns.iter().map(|(header, _)| (*header).to_owned()).collect();
+            let headers: Vec<String> = self.columns.iter().map(|(header, _)| (*header).to_owned()).collect();
             self.row(&headers)?;
         }
         rows.iter().try_for_each(|row| self.row(row))
     }
 
-    fn row(&self, row: &Vec<String>) -> Result<(), Failure> {
+    fn row(&self, row: &[String]) -> Result<(), Failure> {
         let cells = row.iter().zip(&self.widths).map(|(cell, width)| {
             let padded = format!("{cell:width$}");
             self.screen.paint(cell, &padded)
