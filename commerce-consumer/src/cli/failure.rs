@@ -119,6 +119,9 @@ impl Failure {
             "malformed-request" | "invalid-request" => "correct that value; --help says what it may be",
             "dead-letter-not-found" => "`commerce-consumer dead-letters list` shows which there are",
             "dead-letter-not-open" => "`commerce-consumer dead-letters show` says what became of it",
+            "key-not-waiting" => {
+                "`commerce-consumer held-keys list --state waiting` shows which keys wait, and since when"
+            }
             "redrive-not-found" => "`commerce-consumer redrives list` shows which there are",
             "not-found" => "look at --url: does commerce-consumer answer there, in this version?",
             _ if ended == Ended::Failed && changes => MAY_BE_DONE,

@@ -7,38 +7,39 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::screen::text;
 
+/// Set argument by argument: as the next heading, it would also stand above what follows the filter.
+const WHICH: &str = "Which dead letters";
+
 #[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "Which dead letters")]
 pub(super) struct Filter {
     /// Error type and message without what differs from letter to letter; `groups` lists them.
-    #[arg(long)]
+    #[arg(long, help_heading = WHICH)]
     fingerprint: Option<String>,
     /// Such as `ships_too_many`.
-    #[arg(long)]
+    #[arg(long, help_heading = WHICH)]
     error_type: Option<String>,
     /// The event's type, such as `ShipmentCompleted`.
-    #[arg(long = "type", value_name = "EVENT_TYPE")]
+    #[arg(long = "type", help_heading = WHICH, value_name = "EVENT_TYPE")]
     event_type: Option<String>,
     /// The shipment's id.
-    #[arg(long)]
+    #[arg(long, help_heading = WHICH)]
     aggregate_id: Option<String>,
     /// Died last at or after: RFC 3339, or how long ago, such as `2h`.
-    #[arg(long, value_name = "TIME", value_parser = moment)]
+    #[arg(long, help_heading = WHICH, value_name = "TIME", value_parser = moment)]
     from: Option<String>,
     /// Died last before, as for --from.
-    #[arg(long, value_name = "TIME", value_parser = moment)]
+    #[arg(long, help_heading = WHICH, value_name = "TIME", value_parser = moment)]
     to: Option<String>,
 }
 
 /// What reading may ask for beside it.
 #[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "Which dead letters")]
 pub(super) struct ReadFilter {
-    /// `open`, `redriving` or `resolved`.
-    #[arg(long)]
+    /// `open`, `redriving`, `resolved` or `archived`; without it, all but the archived ones.
+    #[arg(long, help_heading = WHICH)]
     state: Option<String>,
     /// Of the consumer that gave it up last.
-    #[arg(long)]
+    #[arg(long, help_heading = WHICH)]
     consumer_version: Option<String>,
     #[command(flatten)]
     filter: Filter,

@@ -57,7 +57,7 @@ pub enum Command {
     Redrives(redrives::Redrives),
     /// Say how a running consumer is doing; pause, resume and slow it down.
     Consumer(consumer::Consumer),
-    /// List the keys that are held, and for what.
+    /// List the keys that are held, and let one go on that waits in vain.
     HeldKeys(held_keys::HeldKeys),
     /// List what operators did, and why.
     Actions(actions::Actions),

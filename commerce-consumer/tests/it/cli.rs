@@ -475,11 +475,14 @@ async fn a_service_that_is_away_or_asked_wrongly_is_told_apart_by_the_exit_code(
     let stage = Stage::empty().await;
     let shop = Shop::open(&stage).await;
     let broken = shop.run(&["dead-letters", "list", "--state", "gone"]).await.ends(2);
-    assert_eq!(
-        broken.err,
-        "error: The request cannot be read\n  \
-         why: --state (#query/state): is not one of open, redriving, resolved\n  \
-         try: correct that value; --help says what it may be\n"
+    let why = "error: The request cannot be read\n  why: --state (#query/state): is not one of open, ";
+    assert!(broken.err.starts_with(why), "{}", broken.err);
+    assert!(
+        broken
+            .err
+            .ends_with("  try: correct that value; --help says what it may be\n"),
+        "{}",
+        broken.err
     );
     let broken = shop.run(&["dead-letters", "list", "--from", "yesterday"]).await.ends(2);
     assert!(broken.err.contains("2026-11-22T05:00:00Z"), "{}", broken.err);

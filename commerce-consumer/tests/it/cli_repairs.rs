@@ -52,7 +52,7 @@ async fn answer(State(answers): State<Answers>, OriginalUri(uri): OriginalUri, b
             json!({"outcome": "dead_letter", "error_type": "ships_too_many", "error_message": "13 of 12", "changes": []})
         }
         _ => {
-            json!({"dry_run": asked["dry_run"], "matched": 1, "decided": i32::from(asked["dry_run"] == false), "ids": [ID]})
+            json!({"dry_run": asked["dry_run"], "matched": 1, "changed": i32::from(asked["dry_run"] == false), "ids": [ID]})
         }
     })
 }

@@ -62,8 +62,25 @@ impl Decision {
         match self {
             Self::Redrive => "go through again, each key's in their sequence, and what is parked behind them follows",
             Self::Skip => "are left out for good: they never take effect, and their keys go on without them",
-            Self::Archive => "are put away; `restore` takes them back",
+            Self::Archive => "are put out of sight and deleted later; `restore` takes them back until then",
             Self::Restore => "are what they were before they were archived",
+        }
+    }
+
+    /// The field that says how many were decided.
+    fn counted(self) -> &'static str {
+        match self {
+            Self::Redrive | Self::Skip => "decided",
+            Self::Archive | Self::Restore => "changed",
+        }
+    }
+
+    /// Why one of the given ids is not meant.
+    fn left_out(self) -> &'static str {
+        match self {
+            Self::Redrive | Self::Skip => "not open, or no event",
+            Self::Archive => "neither resolved nor a record that is no event",
+            Self::Restore => "not archived",
         }
     }
 
@@ -99,20 +116,20 @@ pub(super) async fn run(desk: &Desk, decision: Decision, asked: &Decide) -> Resu
             };
             format!("{ids}{more}{}; nothing was changed", target(decision, asked, matched))
         })?;
-        return Ok(partly(desk, &left_out, Ended::Done));
+        return Ok(partly(desk, decision, &left_out));
     }
     if matched == 0 {
         desk.screen.result(&meant, |_| {
-            "no open dead letter matches; nothing was changed".to_owned()
+            "no such dead letter matches; nothing was changed".to_owned()
         })?;
-        return Ok(partly(desk, &left_out, Ended::Done));
+        return Ok(partly(desk, decision, &left_out));
     }
     asked.consent.ask(desk, &target(decision, asked, matched), matched)?;
 
     pin(&mut body, &meant, matched);
     body.insert("dry_run".to_owned(), false.into());
     let done = desk.client.post(&decision.path(), &body, true).await?;
-    let decided = done["decided"].as_i64().unwrap_or_default();
+    let decided = done[decision.counted()].as_i64().unwrap_or_default();
     desk.screen.result(&done, |_| {
         format!(
             "{} of {} dead letters are {}",
@@ -133,7 +150,7 @@ pub(super) async fn run(desk: &Desk, decision: Decision, asked: &Decide) -> Resu
             .note("that was the most at once and there may be more: repeat it, or use `redrives begin`");
         return Ok(Ended::InPart);
     }
-    Ok(partly(desk, &left_out, Ended::Done))
+    Ok(partly(desk, decision, &left_out))
 }
 
 fn target(decision: Decision, asked: &Decide, matched: i64) -> String {
@@ -163,7 +180,7 @@ fn pin(body: &mut Map<String, Value>, meant: &Value, matched: i64) {
     }
 }
 
-/// Of the ids asked for, those that are not meant: not there, not open, or no events.
+/// Of the ids asked for, those that are not meant.
 fn left_out(asked: &Decide, meant: &Value, matched: i64) -> Vec<String> {
     let named = ids(meant).count() as i64;
     if asked.ids.len() as i64 == matched || named < matched {
@@ -181,13 +198,12 @@ fn left_out(asked: &Decide, meant: &Value, matched: i64) -> Vec<String> {
     left
 }
 
-fn partly(desk: &Desk, left_out: &[String], otherwise: Ended) -> Ended {
+fn partly(desk: &Desk, decision: Decision, left_out: &[String]) -> Ended {
     if left_out.is_empty() {
-        return otherwise;
+        return Ended::Done;
     }
-    desk.screen.note(&format!(
-        "left out, because not open or no event: {}",
-        left_out.join(" ")
-    ));
+    let why = decision.left_out();
+    desk.screen
+        .note(&format!("left out, because {why}: {}", left_out.join(" ")));
     Ended::InPart
 }

@@ -65,7 +65,7 @@ Examples:
     DryRun(Show),
     /// Put another event in the place of an open dead letter: with a file, or in $EDITOR.
     Edit(Edit),
-    /// Put dead letters away, out of the lists.
+    /// Put dead letters out of sight that need nobody any more: resolved ones, and records that are no events.
     #[command(before_help = "\
 Examples:
   commerce-consumer dead-letters archive --fingerprint 'unknown order #' --reason 'orders of the test shop'
@@ -311,7 +311,7 @@ fn whole(letter: &Value) -> String {
         Some(false) => "no".to_owned(),
         None => "unknown".to_owned(),
     };
-    let rows = [
+    let mut rows = vec![
         ("id", text(&letter["id"])),
         ("state", text(&letter["state"])),
         ("type", text(&letter["type"])),
@@ -356,6 +356,16 @@ fn whole(letter: &Value) -> String {
         ),
         ("record key", text(&letter["record_key"])),
     ];
+    for (name, field) in [
+        ("edited from", "edited_from"),
+        ("replaced by", "replaced_by"),
+        ("archived", "archived_at"),
+        ("deleted after", "deleted_after"),
+    ] {
+        if !letter[field].is_null() {
+            rows.push((name, time(&letter[field])));
+        }
+    }
     let headers = letter["headers"].as_array().map(Vec::as_slice).unwrap_or_default();
     let headers: String = headers
         .iter()
