@@ -324,8 +324,9 @@ async fn written(connection: &mut PgConnection) -> BTreeSet<(String, String)> {
 async fn the_service_may_delete_letters_and_their_attempts_and_nothing_that_it_must_remember() {
     let stage = Stage::empty().await;
     let deletable: Vec<String> = sqlx::query_scalar(
-        "SELECT tablename::text FROM pg_tables
-          WHERE schemaname = 'commerce' AND has_table_privilege('commerce.' || tablename, 'DELETE') ORDER BY 1",
+        "SELECT relname::text FROM pg_class
+          WHERE relnamespace = 'commerce'::regnamespace AND relkind = 'r' AND has_table_privilege(oid, 'DELETE')
+          ORDER BY 1",
     )
     .fetch_all(&stage.pool)
     .await

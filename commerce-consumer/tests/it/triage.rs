@@ -193,8 +193,7 @@ async fn the_first_event_of_a_shipment_cannot_be_skipped() {
     let stage = Stage::with_sample().await;
     let consuming = Consuming::start(&stage, "none").await;
     let desk = Desk::of(&stage, &consuming);
-    // Nothing ordered it.
-    let created = Parcel::new("1", "10248", &[("no such thing", 1)]).created();
+    let created = Parcel::new("1", "no such order", &[("11", 1)]).created();
     consuming.send(&created).await;
     until("the letter", async || {
         stage
