@@ -31,8 +31,9 @@ impl From<PgPool> for LimitedPool {
     }
 }
 
-/// A connection for one question. Dropped before the answer, by the limit or because nobody waits any more, it is closed: the
-/// pool would wait for the answer, without a limit, before it lends the connection again.
+/// A connection for one question. Dropped before the answer, by the limit or because nobody waits any more, it is closed. Else
+/// it goes back within the limit: the pool asks the server once more before it lends the connection again, and would wait for
+/// that answer for ever, with one connection less to lend.
 struct Lent {
     connection: PoolConnection<Postgres>,
     limit: Duration,
@@ -70,7 +71,9 @@ impl Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        if !self.answered {
+        if self.answered {
+            tokio::spawn(tokio::time::timeout(self.limit, self.connection.return_to_pool()));
+        } else {
             self.connection.close_on_drop();
         }
     }
@@ -185,6 +188,12 @@ mod tests {
             limit: Duration::from_millis(500),
         };
         assert_eq!(sqlx::query("SELECT 1").fetch_all(&pool).await?.len(), 1);
+        tokio::time::timeout(Duration::from_secs(30), async {
+            while pool.pool.num_idle() == 0 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await?;
 
         silence.send(true)?;
         let unanswered = sqlx::query("SELECT 1").fetch_all(&pool).await;
