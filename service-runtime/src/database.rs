@@ -8,6 +8,9 @@ use sqlx::{
 
 use crate::settings::Secret;
 
+/// Longest wait for a connection that comes back.
+const RETURN_LIMIT: Duration = Duration::from_secs(5);
+
 /// What every connection of a service has in common. TLS is part of the URL: `?sslmode=verify-full&sslrootcert=FILE`.
 #[derive(Debug, Clone, Args)]
 pub struct PoolSettings {
@@ -70,6 +73,12 @@ pub fn pool(application: &str, url: &Secret, settings: &PoolSettings) -> Result<
         .max_lifetime(Duration::from_secs(30 * 60))
         // A `begin` that is dropped half-way leaves a transaction that the driver knows nothing of; whoever got the
         // connection next would work inside it, unseen by anybody else (HAZARDS H3, transact-rs/sqlx 4385).
-        .after_release(|connection, _| Box::pin(async move { connection.execute("ROLLBACK").await.map(|_| true) }))
+        .after_release(|connection, _| {
+            Box::pin(async move {
+                let rolled_back = tokio::time::timeout(RETURN_LIMIT, connection.execute("ROLLBACK")).await;
+                // Without an answer it is closed: a server that vanished must not keep a place in the pool.
+                rolled_back.map_or(Ok(false), |result| result.map(|_| true))
+            })
+        })
         .connect_lazy_with(connect_options(application, url, settings)?))
 }
