@@ -1,12 +1,12 @@
 use std::{
     collections::{HashMap, HashSet},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
     consumer::{Consumer, StreamConsumer},
-    error::{KafkaError, RDKafkaErrorCode},
+    error::{KafkaError, KafkaResult, RDKafkaErrorCode},
 };
 use shared_events::{
     headers::{self, Redirect},
@@ -226,7 +226,7 @@ fn begin(mut config: ClientConfig, group: &str, topic: &str) -> Result<(StreamCo
     let mut open = HashMap::new();
     let mut assignment = TopicPartitionList::new();
     for partition in found.partitions() {
-        let (low, end) = consumer.fetch_watermarks(topic, partition.id(), ANSWER)?;
+        let (low, end) = watermarks(&consumer, topic, partition.id())?;
         if low < end {
             open.insert(partition.id(), (low, end));
             assignment.add_partition_offset(topic, partition.id(), Offset::Offset(low))?;
@@ -234,4 +234,22 @@ fn begin(mut config: ClientConfig, group: &str, topic: &str) -> Result<(StreamCo
     }
     consumer.assign(&assignment)?;
     Ok((consumer, open))
+}
+
+/// A leader that has only just been named does not know it yet.
+fn watermarks(consumer: &StreamConsumer, topic: &str, partition: i32) -> KafkaResult<(i64, i64)> {
+    let end = Instant::now() + ANSWER;
+    loop {
+        let answer = consumer.fetch_watermarks(topic, partition, ANSWER);
+        let elects = matches!(
+            answer,
+            Err(KafkaError::MetadataFetch(
+                RDKafkaErrorCode::NotLeaderForPartition | RDKafkaErrorCode::LeaderNotAvailable
+            ))
+        );
+        if !elects || Instant::now() >= end {
+            return answer;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }

@@ -89,7 +89,8 @@ impl Operator {
     /// [`EditError`].
     pub async fn edit(&self, id: Uuid, edit: Edit, actor: Actor<'_>) -> Result<Edited, EditError> {
         let mut transaction = self.pool.begin().await?;
-        // Inbox, then letter, then key: the order in which a copy of the event that comes right now locks them too.
+        // Inbox, then key, then letter: the order in which a copy of the event that comes right now locks them too, and an
+        // operator who decides about the letter.
         let original = self.original(&mut transaction, id, "").await?;
         let (event, envelope, value) = edited(&original, edit)?;
         if let Some(event) = event {
@@ -98,6 +99,14 @@ impl Operator {
                 return Err(EditError::TookEffect);
             }
         }
+        sqlx::query(self.table.sql(
+            "SELECT FROM {schema}.held_keys WHERE consumer = $1 AND aggregate_type = $2 AND aggregate_id = $3 FOR UPDATE",
+        ))
+        .bind(self.table.consumer())
+        .bind(&envelope.aggregate_type)
+        .bind(&envelope.aggregate_id)
+        .execute(&mut *transaction)
+        .await?;
         self.original(&mut transaction, id, "FOR UPDATE").await?;
         self.replace(&mut transaction, id, &envelope, &value).await?;
         let target = serde_json::json!({ "letter": id, "replaced_by": envelope.id }).to_string();
