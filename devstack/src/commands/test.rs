@@ -1,6 +1,5 @@
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Write};
-use std::num::NonZeroUsize;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
@@ -22,8 +21,6 @@ use nix::unistd::Pid;
 
 use super::{Signals, down};
 
-/// How many tests of a binary run at once.
-const TEST_THREADS: &str = "RUST_TEST_THREADS";
 const POLL: Duration = Duration::from_millis(50);
 /// For the last lines after cargo's end.
 const OUTPUT_DEADLINE: Duration = Duration::from_secs(10);
@@ -159,10 +156,6 @@ async fn start_and_test(
     ];
     if args.full {
         environment.push(("E2E_FULL", "1".to_owned()));
-    } else if std::env::var_os(TEST_THREADS).is_none() {
-        // At this size a test waits for servers and processes most of its time.
-        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        environment.push((TEST_THREADS, (2 * cores).to_string()));
     }
     for step in steps(args) {
         progress.note(&format!("── cargo {}", step.join(" ")));
