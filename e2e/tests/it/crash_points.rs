@@ -166,10 +166,11 @@ async fn die_and_go_on(place: &Place, owner: &PgPool, point: CrashPoint, times: 
 }
 
 /// With a name that stays, so that the group does not wait for a dead member's session to end.
+/// The last delay is long: on a slow machine what is late must not die before it comes.
 fn start_consumer(place: &Place, extra: &[(&str, &str)]) -> anyhow::Result<Running> {
     let tokens = format!("olga:operator:{TOKEN}");
     let mut env = vec![
-        ("RETRY_DELAYS", "300ms,1s,2s"),
+        ("RETRY_DELAYS", "300ms,2s,20s"),
         ("GROUP_INSTANCE_ID", "one"),
         ("ADMIN_TOKENS", &tokens),
         ("DEAD_LETTER_RUN", "1000"),
