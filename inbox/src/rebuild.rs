@@ -141,9 +141,7 @@ impl Rebuild {
             error_message: "the record has no headers that tell".to_owned(),
             consumer_version: UNKNOWN.to_owned(),
         });
-        // One that its consumer did not take is kept as a record, not as an event.
-        let taken = redirect.error_type != NOT_TAKEN;
-        let envelope = decode::decode(record.value.as_deref()).ok().filter(|_| taken);
+        let envelope = decode::decode(record.value.as_deref()).ok();
         record.headers = headers::without_redirect(&record.headers);
         FromTopic {
             holds: envelope
@@ -162,8 +160,6 @@ impl Rebuild {
 }
 
 const UNKNOWN: &str = "unknown";
-/// The error type of an event that the handler does not take.
-const NOT_TAKEN: &str = "unknown_type";
 
 /// Records for one statement, no event twice.
 #[derive(Default)]

@@ -149,6 +149,8 @@ async fn start(place: &Place) -> anyhow::Result<Running> {
         ("DEAD_LETTER_RUN", "1000000"),
         ("DEAD_LETTER_PERCENT", "100"),
         ("REDRIVE_RATE_LIMIT", "5000"),
+        // A redrive of so many letters begins by one statement.
+        ("HTTP_TIMEOUT", "60s"),
         // So that the restart does not wait for the broker to miss the killed one.
         ("GROUP_INSTANCE_ID", "redrive"),
     ];

@@ -284,9 +284,13 @@ async fn what_is_asked_of_a_waiting_key_hides_neither_other_requests_nor_its_rep
         let ids = operator.select(&Selection::AggregateId(key.to_owned()), 600).await?;
         operator.resend(&ids, "ann", "lost downstream").await?;
     }
-    stage
-        .read_until(|records| sequences(records, "good").len() == 2)
-        .await?;
+    let open = "SELECT count(*) FROM logistics.outbox_resends AS resend JOIN logistics.outbox AS event ON event.id = resend.event_id
+        WHERE event.aggregateid = 'good' AND resend.done_at IS NULL";
+    wait_for("the request of the good key", async || {
+        let open: i64 = sqlx::query_scalar(open).fetch_one(&stage.pool).await?;
+        Ok(open == 0)
+    })
+    .await?;
     stage.limit_records(1_000_000).await?;
     operator.resend(&[id], "ann", "the limit is raised").await?;
     stage.all_marked().await?;
