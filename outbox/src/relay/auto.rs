@@ -35,18 +35,38 @@ enum Wait {
     Without(String),
 }
 
+/// How the log is to be followed again.
+struct Next {
+    wait: Wait,
+    /// The slot costs too much: it is dropped, and made anew once the table is drained.
+    gives_up_slot: bool,
+    /// Before the next try.
+    pause: Duration,
+}
+
+impl Next {
+    fn at_once() -> Self {
+        Self {
+            wait: Wait::Beginning,
+            gives_up_slot: false,
+            pause: Duration::ZERO,
+        }
+    }
+}
+
 impl Relay {
     /// The log while it can be had, and the table whenever it cannot: while the slot is made, which waits for every open
-    /// transaction; while the server refuses replication; and after the slot was given up because it cost too much.
+    /// transaction; while the server refuses replication; while every stream ends as soon as it
+    /// began; and after the slot was given up because it cost too much.
     ///
     /// No switch can make a gap. From the log to the table: unsent rows are found by their state. From the table to the log:
     /// a slot that was made anew, or moved, is swept for before it is streamed from. What both send is absorbed by the
     /// consumer's inbox; each sends a key's unsent rows in sequence from the first on, so their order holds.
     pub(super) async fn wal_or_table(&self, stop: &CancellationToken) {
         let mut backoff = FIRST_BACKOFF;
-        let mut wait = Wait::Beginning;
+        let mut next = Next::at_once();
         while !stop.is_cancelled() {
-            let Some(prepared) = self.table_until_wal(wait, stop).await else {
+            let Some(prepared) = self.table_until_wal(next, stop).await else {
                 return;
             };
             let started = Instant::now();
@@ -57,37 +77,50 @@ impl Relay {
                 tracing::info!(reason = with_causes(&error), "the session ended with the stop");
                 return;
             }
-            if started.elapsed() >= HEALTHY_AFTER {
+            let first_in_a_row = started.elapsed() >= HEALTHY_AFTER || backoff == FIRST_BACKOFF;
+            if first_in_a_row {
                 backoff = FIRST_BACKOFF;
             }
             if error.is_renewal() {
-                wait = Wait::Beginning;
+                next = Next::at_once();
                 continue;
             }
             self.failed(&error, backoff);
-            wait = match error {
-                SessionError::Budget(_) => Wait::Without(with_causes(&error)),
-                _ => Wait::Beginning,
+            let reason = with_causes(&error);
+            next = match error {
+                SessionError::Budget(_) => Next {
+                    wait: Wait::Without(reason),
+                    gives_up_slot: true,
+                    pause: Duration::ZERO,
+                },
+                // Once is a server that restarts. A log that can be had and ends again and again moves nothing: a dropped
+                // publication, for one, is found out only by streaming.
+                _ => Next {
+                    wait: if first_in_a_row {
+                        Wait::Beginning
+                    } else {
+                        Wait::Without(reason)
+                    },
+                    gives_up_slot: false,
+                    pause: backoff,
+                },
             };
-            if wait == Wait::Beginning {
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    () = tokio::time::sleep(backoff) => {}
-                }
-            }
             backoff = (backoff * 2).min(LONGEST_BACKOFF);
         }
     }
 
     /// Prepares to follow the log, and reads the table if that takes long. `None` with the stop.
-    async fn table_until_wal(&self, begin: Wait, stop: &CancellationToken) -> Option<Prepared> {
-        let must_drain = matches!(begin, Wait::Without(_));
-        let (say, heard) = watch::channel(begin);
+    async fn table_until_wal(&self, next: Next, stop: &CancellationToken) -> Option<Prepared> {
+        let (say, heard) = watch::channel(next.wait);
         let drained = Notify::new();
         let polling = stop.child_token();
         let mut meanwhile = pin!(self.table_meanwhile(heard, &drained, &polling));
+        let wal = async {
+            tokio::time::sleep(next.pause).await;
+            self.wal_when_ready(&say, next.gives_up_slot.then_some(&drained)).await
+        };
         let prepared = tokio::select! {
-            prepared = self.wal_when_ready(&say, must_drain.then_some(&drained)) => prepared,
+            prepared = wal => prepared,
             // It ends only with the stop, and has finished what it has sent.
             () = &mut meanwhile => return None,
         };
