@@ -17,7 +17,7 @@ use commerce_consumer::{
 use inbox::{Engine, Status, rebuild::Progress};
 use service_runtime::{
     auth::GrantsError,
-    database,
+    database::{self, PoolSettings},
     health::{self, Health, Readiness},
     schema::{self, SchemaCheck, SchemaError},
     settings::{self, Effective},
@@ -33,6 +33,9 @@ const UNREACHABLE: u8 = 3;
 
 /// Connections that are still busy when everything else has ended.
 const POOL_CLOSE_DEADLINE: Duration = Duration::from_secs(1);
+
+/// For all requests over HTTP together, beside those of the consumer.
+const CONNECTIONS_FOR_PEOPLE: u32 = 4;
 
 fn main() -> ExitCode {
     let (cli, effective) = settings::parse_or_exit::<Cli>();
@@ -111,11 +114,19 @@ async fn run(settings: ConsumeSettings, telemetry: Telemetry) -> anyhow::Result<
     ));
     let engine = consume::engine(&group, pool.clone(), kafka.client_config("commerce-consumer"))?;
 
+    // What people ask, a hundred thousand dead letters at once even, must not take the connections that events need.
+    let for_people = PoolSettings {
+        database_max_connections: CONNECTIONS_FOR_PEOPLE,
+        ..database.pool.clone()
+    };
+    let for_people = database::pool("commerce-http", &database.commerce_database_url, &for_people)
+        .context("COMMERCE_DATABASE_URL is not a database URL")?;
+
     let operations = operations(&pool, &schema, engine.status(), telemetry);
     let admin = Admin {
-        operator: engine.operator(pool.clone()),
-        dry_run: engine.dry_run(pool.clone()),
-        pass: engine.pass(pool.clone()),
+        operator: engine.operator(for_people.clone()),
+        dry_run: engine.dry_run(for_people.clone()),
+        pass: engine.pass(for_people.clone()),
         status: engine.status(),
         limits: engine.limits(),
         controls: engine.controls(),
@@ -123,7 +134,7 @@ async fn run(settings: ConsumeSettings, telemetry: Telemetry) -> anyhow::Result<
         letters_retention: group.dead_letters_retention.0,
     };
     let api = Api {
-        pool: pool.clone(),
+        pool: for_people.clone(),
         group: group.commerce_group,
     };
     let app = http::app(api, admin, operations, &http);
@@ -138,7 +149,8 @@ async fn run(settings: ConsumeSettings, telemetry: Telemetry) -> anyhow::Result<
     });
     supervisor.spawn("consumer", consumer(schema.clone(), engine, stop));
     let code = supervisor.run(process.shutdown_deadline).await?;
-    if tokio::time::timeout(POOL_CLOSE_DEADLINE, pool.close()).await.is_err() {
+    let closed = async { tokio::join!(pool.close(), for_people.close()) };
+    if tokio::time::timeout(POOL_CLOSE_DEADLINE, closed).await.is_err() {
         tracing::warn!("connections to the database are still in use");
     }
     Ok(if schema.is_behind() {

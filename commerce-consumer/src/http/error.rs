@@ -88,11 +88,20 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
     }
 }
 
-/// Only reads happen here: whatever the database says, asking again is harmless.
+/// Of a read: whatever the database says, asking again is harmless.
 pub(super) fn database(error: sqlx::Error) -> Problem {
     tracing::warn!(%error, "a read failed");
     Problem::new(
         &problem::UNAVAILABLE,
         "the database cannot be read now; repeat the request",
+    )
+}
+
+/// Of a change by an operator: with its commit the connection may have been lost, so nobody knows (HAZARDS H1).
+pub(super) fn write(error: sqlx::Error) -> Problem {
+    tracing::warn!(%error, "a change by an operator failed");
+    Problem::new(
+        &problem::UNAVAILABLE,
+        "the database did not confirm the change; look in /admin/actions if it was made before you repeat the request",
     )
 }

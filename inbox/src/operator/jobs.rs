@@ -75,11 +75,16 @@ const COUNTED: &str = "SELECT count(*) FILTER (WHERE letter.job_sent_at IS NOT N
 const COUNTS: &str = "counted.sent + job.taken_over AS sent, counted.took_effect,
     counted.died_again + job.taken_over AS died_again, counted.held_back, counted.on_their_way";
 
-/// Letters of keys that a job works on which is not ended.
-const BUSY: &str = "EXISTS (SELECT FROM {schema}.dead_letters AS other
-      JOIN {schema}.redrive_jobs AS job ON job.consumer = other.consumer AND job.id = other.job AND job.ended_at IS NULL
-     WHERE other.consumer = letter.consumer AND other.aggregate_type = letter.aggregate_type
-       AND other.aggregate_id = letter.aggregate_id)";
+/// Letters of keys that a job works on which is not ended. Asked once and not for each letter: in a table that has just filled,
+/// the server knows too little to choose the right index for that, and reads all letters for every one of them.
+const BUSY: &str = "(letter.aggregate_type, letter.aggregate_id) IN (
+    SELECT other.aggregate_type, other.aggregate_id
+      FROM {schema}.redrive_jobs AS job
+      JOIN {schema}.dead_letters AS other ON other.consumer = job.consumer AND other.job = job.id
+     WHERE job.consumer = $1 AND job.ended_at IS NULL AND other.aggregate_id IS NOT NULL)";
+
+/// For statements over all letters of a filter: time for them, and memory for the keys of [`BUSY`], of which 1,000,000 fit.
+const OVER_ALL: &str = "SELECT set_config('statement_timeout', '5min', true), set_config('work_mem', '128MB', true)";
 
 impl Operator {
     /// What a job with this filter would mean now.
@@ -92,9 +97,13 @@ impl Operator {
                     count(*) FILTER (WHERE {BUSY}) AS busy
                FROM {{schema}}.dead_letters AS letter WHERE {MEANT} AND state = 'open'"
         );
-        bind_filter!(sqlx::query_as(self.table.sql(&sql)), self.table.consumer(), filter)
-            .fetch_one(&self.pool)
-            .await
+        let mut transaction = self.pool.begin().await?;
+        sqlx::query(OVER_ALL).execute(&mut *transaction).await?;
+        let eligible = bind_filter!(sqlx::query_as(self.table.sql(&sql)), self.table.consumer(), filter)
+            .fetch_one(&mut *transaction)
+            .await?;
+        transaction.rollback().await?;
+        Ok(eligible)
     }
 
     /// Begins a job over the open letters that a filter means and whose keys no other job works on. `None` if there are none.
@@ -111,29 +120,31 @@ impl Operator {
     ) -> Result<Option<Uuid>, sqlx::Error> {
         let id = Uuid::now_v7();
         let mut transaction = self.pool.begin().await?;
-        // As many rows as there are letters are written by one statement.
-        sqlx::query("SET LOCAL statement_timeout = '5min'")
-            .execute(&mut *transaction)
-            .await?;
+        sqlx::query(OVER_ALL).execute(&mut *transaction).await?;
         // One at a time: two that begin together would not see each other's letters.
         sqlx::query("SELECT pg_advisory_xact_lock(hashtext('redrive ' || $1))")
             .bind(self.table.consumer())
             .execute(&mut *transaction)
             .await?;
-        // The jobs that let them go before keep their counts.
+        // In the order in which those that decide by hand lock them.
+        let meant = format!("{MEANT} AND state = 'open' AND aggregate_id IS NOT NULL AND NOT ({BUSY})");
         let sql = format!(
-            "WITH meant AS (
-                 SELECT id, job, job_sent_at FROM {{schema}}.dead_letters AS letter
-                  WHERE {MEANT} AND state = 'open' AND aggregate_id IS NOT NULL AND NOT {BUSY} FOR UPDATE OF letter
-             ), taken AS (
-                 UPDATE {{schema}}.dead_letters AS letter SET job = $10, job_sent_at = NULL
-                   FROM meant WHERE letter.consumer = $1 AND letter.id = meant.id
+            "SELECT count(*) FROM (SELECT FROM {{schema}}.dead_letters AS letter WHERE {meant} ORDER BY id FOR UPDATE) AS locked"
+        );
+        bind_filter!(sqlx::query(self.table.sql(&sql)), self.table.consumer(), filter)
+            .execute(&mut *transaction)
+            .await?;
+        // A statement of its own: it sees what the locks waited for. The jobs that let letters go before keep their counts.
+        let sql = format!(
+            "WITH taken AS (
+                 UPDATE {{schema}}.dead_letters AS letter SET job = $10, job_sent_at = NULL WHERE {meant}
+                 RETURNING old.job, old.job_sent_at
              ), before AS (
                  UPDATE {{schema}}.redrive_jobs AS job SET taken_over = job.taken_over + died.letters
-                   FROM (SELECT job, count(*) AS letters FROM meant WHERE job_sent_at IS NOT NULL GROUP BY job) AS died
+                   FROM (SELECT job, count(*) AS letters FROM taken WHERE job_sent_at IS NOT NULL GROUP BY job) AS died
                   WHERE job.consumer = $1 AND job.id = died.job
              )
-             SELECT count(*) FROM meant"
+             SELECT count(*) FROM taken"
         );
         let taken: i64 = bind_filter!(sqlx::query_scalar(self.table.sql(&sql)), self.table.consumer(), filter)
             .bind(id)
@@ -384,6 +395,8 @@ enum Step {
 
 /// Seconds that a step makes up for at most: a job that nobody stepped on for a while does not catch up at once.
 const CATCH_UP: f64 = 2.0;
+/// Letters of one step, whatever the rate: one that is too large to end in time would be tried for ever.
+const LARGEST_STEP: i64 = 5_000;
 /// Seconds of its rate that may be on their way: more would only pile up behind the limit.
 const ON_THEIR_WAY: i64 = 10;
 
@@ -404,6 +417,7 @@ fn next_step(due: &Due, counted: Counted) -> Step {
         Step::End("failed", Some(because))
     };
     let most = (f64::from(due.rate) * due.since.clamp(0.0, CATCH_UP)).max(1.0) as i64;
+    let most = most.min(LARGEST_STEP);
     match due.state.as_str() {
         "canary" if sent == 0 => Step::Send {
             state: "canary",

@@ -356,6 +356,38 @@ async fn a_redrive_stops_at_its_canary_while_nothing_is_repaired_and_runs_to_its
     stage.assert_once_and_in_order(all.len() as i64).await;
 }
 
+/// Each letter that it counts is its own, also one that somebody else writes while it begins.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redrive_takes_letters_that_change_while_it_begins() {
+    let stage = Stage::new(&[]).await;
+    let operator = stage.operator();
+    let (_, engine) = dead(&stage, 20).await;
+    engine.stop().await;
+
+    let mut other = stage.pool.begin().await.unwrap();
+    sqlx::query("UPDATE t.dead_letters SET deaths = deaths + 1 WHERE aggregate_id IN ('key-3', 'key-7')")
+        .execute(&mut *other)
+        .await
+        .unwrap();
+    let beginning = tokio::spawn(async move { begin(&operator).await });
+    until("the redrive to wait for the other", async || {
+        stage
+            .number(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'",
+            )
+            .await
+            == 1
+    })
+    .await;
+    other.commit().await.unwrap();
+    beginning.await.unwrap().expect("a redrive");
+    let counted = stage.number("SELECT letters FROM t.redrive_jobs").await;
+    let taken = stage
+        .number("SELECT count(*) FROM t.dead_letters JOIN t.redrive_jobs AS job ON job.id = dead_letters.job")
+        .await;
+    assert_eq!((counted, taken), (20, 20));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redrive_that_is_cut_off_goes_on_in_the_next_instance_and_each_letter_takes_effect_once() {
     let stage = Stage::new(&[]).await;

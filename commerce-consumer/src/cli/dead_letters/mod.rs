@@ -57,7 +57,7 @@ Examples:
   commerce-consumer dead-letters skip 01a20369-a68f-767c-a83a-078a525f0194 --reason 'it was never shipped'
   commerce-consumer dead-letters skip --type ShipmentHeld --to 2h --reason 'of no use any more' --dry-run")]
     Skip(Decide),
-    /// Try a dead letter on commerce's database as it is now, without effect; exit code 99 if it would not take effect.
+    /// Try a dead letter on commerce's database as it is now, without effect; exit code 99 if it would fail or wait.
     #[command(before_help = "\
 Examples:
   commerce-consumer dead-letters dry-run 01a20369-a68f-767c-a83a-078a525f0194
@@ -68,7 +68,7 @@ Examples:
     /// Put dead letters out of sight that need nobody any more: resolved ones, and records that are no events.
     #[command(before_help = "\
 Examples:
-  commerce-consumer dead-letters archive --fingerprint 'unknown order #' --reason 'orders of the test shop'
+  commerce-consumer dead-letters archive --fingerprint 'unknown_order: order # is not known' --reason 'orders of the test shop'
   commerce-consumer dead-letters archive 01a20369-a68f-767c-a83a-078a525f0194 --reason 'of no use' --yes")]
     Archive(Decide),
     /// Take dead letters back from the archive.

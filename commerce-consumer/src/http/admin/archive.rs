@@ -10,7 +10,10 @@ use super::{
     decisions::{Decide, MAX_DECIDED, Meant, meant},
     defect,
 };
-use crate::http::{error::database, problems::OperateProblems};
+use crate::http::{
+    error::{database, write},
+    problems::OperateProblems,
+};
 
 #[derive(Debug, Serialize, ToSchema)]
 pub(in crate::http) struct ShelvedView {
@@ -19,7 +22,7 @@ pub(in crate::http) struct ShelvedView {
     matched: usize,
     /// Of them, those that now are.
     changed: usize,
-    /// The first hundred that are meant.
+    /// Those that are meant.
     ids: Vec<Uuid>,
 }
 
@@ -87,12 +90,12 @@ async fn shelve(
                 );
             })
         });
-        task.await.map_err(|_| defect())?.map_err(database)?
+        task.await.map_err(|_| defect())?.map_err(write)?
     };
     Ok(Json(ShelvedView {
         dry_run,
         matched: ids.len(),
         changed: changed.len(),
-        ids: ids.into_iter().take(100).collect(),
+        ids,
     }))
 }

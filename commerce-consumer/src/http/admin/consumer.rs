@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::{Admin, actor, check_reason, defect};
 use crate::http::{
-    error::database,
+    error::write,
     problems::{OperateProblems, SummaryProblems},
 };
 
@@ -216,7 +216,7 @@ async fn change(admin: &Admin, caller: Caller, reason: String, decided: Decided)
         let changed = operator.change(change, actor(&caller, &reason)).await;
         changed.inspect(|_| tracing::warn!(by = caller.name, reason, ?change, "changed by an operator"))
     });
-    let remembered = task.await.map_err(|_| defect())?.map_err(database)?;
+    let remembered = task.await.map_err(|_| defect())?.map_err(write)?;
     admin.controls.follow(&remembered);
     Ok(())
 }

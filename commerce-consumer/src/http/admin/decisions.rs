@@ -10,7 +10,10 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{Admin, NOT_A_TIME, actor, check_reason, defect, instant};
-use crate::http::{error::database, problems::OperateProblems};
+use crate::http::{
+    error::{database, write},
+    problems::OperateProblems,
+};
 
 /// Most dead letters of one decision.
 pub(super) const MAX_DECIDED: u32 = 1_000;
@@ -49,7 +52,7 @@ pub(in crate::http) struct DecidedView {
     matched: usize,
     /// Of them, on their way now.
     decided: usize,
-    /// The first hundred that are meant.
+    /// Those that are meant.
     ids: Vec<Uuid>,
 }
 
@@ -116,7 +119,7 @@ async fn decide(
         let by = caller.name.clone();
         let why = reason.clone();
         let task = tokio::spawn(async move { operator.decide(&ids, decision, actor(&caller, &reason)).await });
-        let decided = task.await.map_err(|_| defect())?.map_err(database)?;
+        let decided = task.await.map_err(|_| defect())?.map_err(write)?;
         tracing::warn!(
             by,
             reason = why,
@@ -130,7 +133,7 @@ async fn decide(
         dry_run,
         matched: ids.len(),
         decided: decided.len(),
-        ids: ids.into_iter().take(100).collect(),
+        ids,
     };
     // Nothing is on its way if nothing was decided.
     let status = if view.decided == 0 {

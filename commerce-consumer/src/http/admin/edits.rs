@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::{Admin, actor, check_reason, defect};
 use crate::http::{
-    error::{Id, LETTER_NOT_FOUND, LETTER_NOT_OPEN, database},
+    error::{Id, LETTER_NOT_FOUND, LETTER_NOT_OPEN, write},
     problems::{EditProblems, OperateProblems},
 };
 
@@ -156,6 +156,6 @@ fn problem(id: &Id, error: EditError) -> Problem {
         EditError::NoEvent(_) | EditError::IsEvent => Problem::invalid_field("/envelope", text),
         EditError::OtherKey { .. } => Problem::invalid_field("/envelope/aggregateId", text),
         EditError::Rejected(_) => Problem::invalid_field("", text),
-        EditError::Database(error) => database(error),
+        EditError::Database(error) => write(error),
     }
 }

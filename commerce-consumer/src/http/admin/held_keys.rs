@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::{Admin, DEFAULT_LIMIT, MAX_LIMIT, NOT_A_CURSOR, actor, check_reason, defect};
 use crate::http::{
-    error::{KEY_NOT_WAITING, database},
+    error::{KEY_NOT_WAITING, database, write},
     problems::{LetterProblems, OperateProblems, PassProblems},
 };
 
@@ -185,7 +185,7 @@ pub(in crate::http) async fn pass(
         Err(error @ PassError::WouldPassParked { .. }) => {
             Err(Problem::invalid_field("/to_sequence", error.to_string()))
         }
-        Err(PassError::Database(error) | PassError::Handler(HandlerError::Database(error))) => Err(database(error)),
+        Err(PassError::Database(error) | PassError::Handler(HandlerError::Database(error))) => Err(write(error)),
         Err(PassError::Handler(error)) => {
             tracing::error!(%error, "the handler could not pass over events");
             Err(defect())

@@ -22,7 +22,7 @@ use super::{
     defect,
 };
 use crate::http::{
-    error::{Id, REDRIVE_NOT_FOUND, database},
+    error::{Id, REDRIVE_NOT_FOUND, database, write},
     problems::{LetterProblems, OperateProblems, RedriveProblems},
 };
 
@@ -192,7 +192,7 @@ pub(in crate::http) async fn begin(
                 .await;
             begun.inspect(|job| tracing::warn!(by = caller.name, reason, ?job, "a redrive begins"))
         });
-        task.await.map_err(|_| defect())?.map_err(database)?
+        task.await.map_err(|_| defect())?.map_err(write)?
     };
     let job = match begun {
         Some(id) => admin.operator.job(id).await.map_err(database)?,
@@ -306,7 +306,7 @@ pub(in crate::http) async fn cancel(
     let job = found(&admin, &id).await?;
     let operator = admin.operator.clone();
     let task = tokio::spawn(async move { operator.cancel_job(job.id, actor(&caller, &reason)).await });
-    task.await.map_err(|_| defect())?.map_err(database)?;
+    task.await.map_err(|_| defect())?.map_err(write)?;
     Ok(Json(found(&admin, &id).await?.into()))
 }
 
