@@ -171,13 +171,13 @@ impl Wave {
             Step::BeginTooEarly => self.begin(consumer, step).await,
             Step::Cancel => {
                 let begun = self.reason(Step::BeginTooEarly);
-                let job: (Uuid, bool) =
+                let (id, ended): (Uuid, bool) =
                     sqlx::query_as("SELECT id, ended_at IS NOT NULL FROM commerce.redrive_jobs WHERE reason = $1")
                         .bind(begun)
                         .fetch_one(&self.owner)
                         .await?;
-                // After a death it may have come to its end by itself.
-                if let (id, false) = job {
+                // After a death it may have come to its end by itself, or by what was asked before and had no answer.
+                if !ended || self.asked.is_some() {
                     let path = format!("/admin/redrives/{id}/cancel");
                     let evidence = format!("SELECT state = 'cancelled' FROM commerce.redrive_jobs WHERE id = '{id}'");
                     self.ask(consumer, step, &path, json!({}), evidence).await?;
