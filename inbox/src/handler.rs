@@ -1,4 +1,4 @@
-use std::{future::Future, sync::Arc};
+use std::{borrow::Cow, future::Future, sync::Arc};
 
 use serde_json::{Map, Value};
 use shared_events::{Envelope, Rejection};
@@ -130,7 +130,7 @@ pub enum Outcome {
 #[error("{error_type}: {message}")]
 pub struct Reason {
     /// Stable short name for headers, metrics and grouping: one of a fixed set, never made from data.
-    pub error_type: &'static str,
+    pub error_type: Cow<'static, str>,
     /// For the operator, in one line of at most [`MAX_MESSAGE_BYTES`]. It travels in a header, so it holds ids and
     /// numbers but no payload.
     pub message: String,
@@ -142,7 +142,7 @@ pub const MAX_MESSAGE_BYTES: usize = 300;
 impl Reason {
     pub fn new(error_type: &'static str, message: impl Into<String>) -> Self {
         Self {
-            error_type,
+            error_type: Cow::Borrowed(error_type),
             message: one_line(&message.into()),
         }
     }

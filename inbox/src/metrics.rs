@@ -116,7 +116,7 @@ impl Metrics {
     }
 
     pub(crate) fn redirected(&self, step: Step, reason: &Reason) {
-        let error_type = KeyValue::new("error.type", reason.error_type);
+        let error_type = KeyValue::new("error.type", reason.error_type.to_string());
         match step {
             Step::Retry { tier, .. } => {
                 let tier = KeyValue::new("tier", i64::try_from(tier).unwrap_or(i64::MAX));

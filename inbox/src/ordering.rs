@@ -36,6 +36,11 @@ impl Ordering {
             .is_some_and(|parking| !parking.released_by.contains(event_type))
     }
 
+    /// Whether there are dead letters that let their key go on.
+    pub(crate) fn releases(&self) -> bool {
+        self.parking().is_some_and(|parking| !parking.released_by.is_empty())
+    }
+
     pub(crate) fn parking(&self) -> Option<&Parking> {
         match self {
             Self::None => None,

@@ -1,5 +1,5 @@
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     ops::Range,
     panic::AssertUnwindSafe,
     sync::{
@@ -19,7 +19,7 @@ use crate::{
     crash_point,
     decode::History,
     engine::UnknownTypes,
-    handler::{Handler, HandlerError, IncomingEvent, Outcome},
+    handler::{Handler, HandlerError, IncomingEvent, Outcome, Reason},
     ordering::{HeldKeys, Ordering, OutOfOrder, Settlement, Turn, Verdict, settle, turns},
     pace::Commits,
     queue::Record,
@@ -153,9 +153,10 @@ impl<H: Handler> Process<H> {
         let held = self.table.lock_held(&mut transaction, events).await;
         let held = held.map_err(BatchError::Inbox)?;
         let turns = turns(events, &is_new, &held, behind, &self.ordering);
+        let passed = self.passed_over(&mut transaction, events, &turns).await?;
         let answers = match judged {
             Some(outcome) => vec![outcome.clone()],
-            None => self.ask(&mut transaction, events, &turns).await?,
+            None => self.ask(&mut transaction, events, &turns, &passed).await?,
         };
         crash_point::EFFECT_AFTER.reached();
         let settled = settle(
@@ -174,7 +175,7 @@ impl<H: Handler> Process<H> {
                 return Ok(Err(out_of_order));
             }
         };
-        self.write(&mut transaction, batch, &settlement, &held).await?;
+        self.write(&mut transaction, batch, &settlement, &held, &passed).await?;
         let releasing = self.table.settle(&mut transaction, &settlement.settled).await;
         let releasing = releasing.map_err(BatchError::Inbox)?;
         // The event that held a key may have been dead once.
@@ -238,26 +239,48 @@ impl<H: Handler> Process<H> {
         }
     }
 
-    /// The handler's answers to the events whose turn it is.
+    /// Events that are to try and were passed over by a transaction before, whose record may never have reached the dead letters:
+    /// the process died, lost the partition or was stopped by the flood limit. The handler counts them as done and would call
+    /// them duplicates.
+    async fn passed_over(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        events: &[IncomingEvent],
+        turns: &[Turn],
+    ) -> Result<HashMap<Uuid, Reason>, BatchError> {
+        if !self.ordering.releases() {
+            return Ok(HashMap::new());
+        }
+        let tries = events.iter().zip(turns).filter(|(_, turn)| **turn == Turn::Try);
+        let ids: Vec<Uuid> = tries.map(|(event, _)| event.envelope.id).collect();
+        self.table.let_go_on(transaction, &ids).await.map_err(BatchError::Inbox)
+    }
+
+    /// The answers to the events whose turn it is: the handler's, and the one of before for those that were `passed` over.
     async fn ask(
         &self,
         transaction: &mut PgTransaction<'_>,
         events: &[IncomingEvent],
         turns: &[Turn],
+        passed: &HashMap<Uuid, Reason>,
     ) -> Result<Vec<Outcome>, BatchError> {
-        if turns.iter().all(|turn| *turn == Turn::Try) {
+        if passed.is_empty() && turns.iter().all(|turn| *turn == Turn::Try) {
             return self.apply(transaction, events).await;
         }
-        let tried: Vec<IncomingEvent> = events
-            .iter()
-            .zip(turns)
-            .filter(|(_, turn)| **turn == Turn::Try)
-            .map(|(event, _)| event.clone())
-            .collect();
-        if tried.is_empty() {
-            return Ok(Vec::new());
+        let tries = events.iter().zip(turns).filter(|(_, turn)| **turn == Turn::Try);
+        let tries: Vec<&IncomingEvent> = tries.map(|(event, _)| event).collect();
+        let asked = tries.iter().filter(|event| !passed.contains_key(&event.envelope.id));
+        let asked: Vec<IncomingEvent> = asked.map(|event| (*event).clone()).collect();
+        let mut answers = match asked.as_slice() {
+            [] => Vec::new(),
+            asked => self.apply(transaction, asked).await?,
         }
-        self.apply(transaction, &tried).await
+        .into_iter();
+        let answer = |event: &&IncomingEvent| match passed.get(&event.envelope.id) {
+            Some(reason) => Some(Outcome::DeadLetter(reason.clone())),
+            None => answers.next(),
+        };
+        Ok(tries.iter().filter_map(answer).collect())
     }
 
     /// What becomes of events: the handler's answers, and the policy's for those that it does not take.
@@ -285,13 +308,14 @@ impl<H: Handler> Process<H> {
         Ok(events.iter().zip(&takes).map(outcome).collect())
     }
 
-    /// What has to stand in the table for what did not take effect.
+    /// What has to stand in the table for what did not take effect. Of events that were `passed` over it stands there already.
     async fn write(
         &self,
         transaction: &mut PgTransaction<'_>,
         batch: Batch<'_>,
         settlement: &Settlement,
         held: &HeldKeys,
+        passed: &HashMap<Uuid, Reason>,
     ) -> Result<(), BatchError> {
         let without_effect = batch
             .events
@@ -308,7 +332,9 @@ impl<H: Handler> Process<H> {
             .release(transaction, &without_effect)
             .await
             .map_err(BatchError::Inbox)?;
+        let is_passed = |place: &usize| passed.contains_key(&batch.events[*place].envelope.id);
         let failed: Vec<Failed<'_>> = (0..batch.events.len())
+            .filter(|place| !is_passed(place))
             .filter_map(|place| match &settlement.verdicts[place] {
                 Verdict::Failed { step, class, reason } => Some(Failed {
                     event: Some(&batch.events[place]),
@@ -328,7 +354,7 @@ impl<H: Handler> Process<H> {
             .note_failures(transaction, &failed, self.consumer_version)
             .await
             .map_err(BatchError::Inbox)?;
-        for place in &settlement.pass_over {
+        for place in settlement.pass_over.iter().filter(|place| !is_passed(place)) {
             let passed = self.handler.pass_over(transaction, &batch.events[*place]).await;
             passed.map_err(BatchError::Handler)?;
         }

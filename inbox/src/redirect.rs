@@ -130,7 +130,7 @@ impl Redirector {
                 attempt: from.history.attempts.saturating_add(1),
                 not_before,
                 error_class: class.as_str().to_owned(),
-                error_type: reason.error_type.to_owned(),
+                error_type: reason.error_type.clone().into_owned(),
                 error_message: reason.message.clone(),
                 consumer_version: self.consumer_version.to_owned(),
             },
@@ -224,7 +224,7 @@ impl Letter<'_> {
         let aggregate_id = event.map(|event| event.envelope.aggregate_id.as_str());
         let offset = record.offset;
         let Redirect { origin, attempt, .. } = &self.redirect;
-        let (error_type, reason) = (self.reason.error_type, &self.reason.message);
+        let (error_type, reason) = (&*self.reason.error_type, &self.reason.message);
         match self.step {
             Step::Retry { tier, delay } => tracing::info!(
                 event_id,

@@ -86,8 +86,8 @@ async fn session(
         .set("allow.auto.create.topics", "false")
         .set("session.timeout.ms", "10000")
         .set("heartbeat.interval.ms", "2000")
-        // One batch ahead: each record waiting here costs the library far more than its bytes.
-        .set("queued.min.messages", "1000")
+        // Of each partition: every record waiting here costs the library far more than its bytes.
+        .set("queued.min.messages", "100")
         .set("queued.max.messages.kbytes", "1024")
         .set("fetch.max.bytes", "1200000")
         // Compressed: in memory it is many times as much.

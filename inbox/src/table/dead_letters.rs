@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{borrow::Cow, collections::HashMap, time::Duration};
 
 use sqlx::{Arguments, PgPool, PgTransaction, postgres::PgArguments};
 use uuid::Uuid;
@@ -53,7 +53,7 @@ impl Table {
             .bind(events.iter().map(|(_, failed)| failed.topic).collect::<Vec<_>>())
             .bind(events.iter().map(|(_, failed)| failed.partition).collect::<Vec<_>>())
             .bind(events.iter().map(|(_, failed)| failed.class.as_str()).collect::<Vec<_>>())
-            .bind(events.iter().map(|(_, failed)| failed.reason.error_type).collect::<Vec<_>>())
+            .bind(events.iter().map(|(_, failed)| &*failed.reason.error_type).collect::<Vec<_>>())
             .bind(events.iter().map(|(_, failed)| failed.reason.message.as_str()).collect::<Vec<_>>())
             .bind(consumer_version)
             .execute(&mut **transaction)
@@ -86,11 +86,11 @@ impl Table {
                     .collect::<Vec<_>>(),
             ),
             arguments.add(dead.iter().map(|dead| dead.class.as_str()).collect::<Vec<_>>()),
-            arguments.add(reasons().map(|reason| reason.error_type).collect::<Vec<_>>()),
+            arguments.add(reasons().map(|reason| &*reason.error_type).collect::<Vec<_>>()),
             arguments.add(reasons().map(|reason| reason.message.as_str()).collect::<Vec<_>>()),
             arguments.add(
                 reasons()
-                    .map(|reason| fingerprint(reason.error_type, &reason.message))
+                    .map(|reason| fingerprint(&reason.error_type, &reason.message))
                     .collect::<Vec<_>>(),
             ),
             arguments.add(consumer_version),
@@ -110,6 +110,27 @@ impl Table {
             .await?;
         crash_point::LETTER_AFTER.reached();
         Ok(())
+    }
+
+    /// Of these events, those that are dead letters which let their key go on, and why they died.
+    pub(crate) async fn let_go_on(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        ids: &[Uuid],
+    ) -> Result<HashMap<Uuid, Reason>, sqlx::Error> {
+        let letters: Vec<(Uuid, String, String)> = sqlx::query_as(self.sql(
+            "SELECT id, error_type, error_message FROM {schema}.dead_letters
+              WHERE consumer = $1 AND id = ANY($2) AND state = 'open' AND NOT holds",
+        ))
+        .bind(&*self.consumer)
+        .bind(ids)
+        .fetch_all(&mut **transaction)
+        .await?;
+        let reason = |(id, error_type, message)| {
+            let error_type = Cow::Owned(error_type);
+            (id, Reason { error_type, message })
+        };
+        Ok(letters.into_iter().map(reason).collect())
     }
 
     /// Dead letters whose event has taken effect after all, or shall not any more.

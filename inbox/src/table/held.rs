@@ -112,7 +112,7 @@ impl Table {
                     .collect::<Vec<_>>(),
             )
             .bind(holds.iter().map(|hold| hold.partition).collect::<Vec<_>>())
-            .bind(holds.iter().map(|hold| hold.reason.error_type).collect::<Vec<_>>())
+            .bind(holds.iter().map(|hold| &*hold.reason.error_type).collect::<Vec<_>>())
             .bind(
                 holds
                     .iter()

@@ -94,6 +94,39 @@ async fn a_dead_letter_holds_its_key_or_lets_it_go_by_its_type() {
     assert_eq!(stage.held("released").await, None);
 }
 
+/// G5: between the commit that passes over it and its record in the topic, the process ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn g5_a_released_letter_reaches_its_topic_though_the_process_that_passed_over_it_ends_first() {
+    let stage = Stage::new(&[]).await;
+    stage.limit_bytes(&stage.topics.dead_letter(), 10).await;
+    let engine = stage.engine().await;
+    let released = event(RELEASES, "released", 2);
+    stage
+        .send_events(&[
+            event(EFFECT, "released", 1),
+            released.clone(),
+            event(EFFECT, "released", 3),
+        ])
+        .await;
+    until("its key to go on", async || stage.sequences("released").await == [1, 3]).await;
+    engine.stop().await;
+    assert_eq!(stage.dead_letters().len(), 0, "the broker takes none");
+
+    stage.limit_bytes(&stage.topics.dead_letter(), 1_000_000).await;
+    let engine = stage.engine().await;
+    until("the dead letter", async || stage.dead_letters().len() == 1).await;
+    engine.stop().await;
+    assert_eq!(stage.notes.passed_over(released.id), 1);
+    assert_eq!(stage.sequences("released").await, [1, 3]);
+    let open = "SELECT count(*) FROM t.dead_letters WHERE state = 'open' AND NOT holds AND deaths = 1 AND error_type = 'releases'";
+    assert_eq!(stage.number(open).await, 1);
+    assert_eq!(
+        stage.number("SELECT count(*) FROM t.inbox").await,
+        2,
+        "it took no effect"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_early_event_waits_for_the_one_before_it_without_an_attempt() {
     let stage = Stage::new(&SHORT).await;

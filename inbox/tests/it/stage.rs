@@ -151,6 +151,8 @@ impl Handler for Notes {
                 continue;
             }
             outcomes.push(match envelope.event_type.as_str() {
+                // As for one that counts sequences.
+                RELEASES if self.passed_over(envelope.id) > 0 => Outcome::Duplicate,
                 RELEASES => Outcome::DeadLetter(Reason::new("releases", "it contradicts the records")),
                 flaky
                     if flaky
