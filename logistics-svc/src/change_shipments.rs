@@ -1,5 +1,5 @@
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -11,7 +11,7 @@ use opentelemetry::{
 use outbox::{AppendError, Hints, NewEvent, Outbox};
 use service_runtime::http::LATENCY_BUCKETS;
 use shared_events::{envelope::truncate_to_micros, shipment::MAX_LINES};
-use sqlx::{Connection, PgConnection, PgPool, PgTransaction};
+use sqlx::{Connection, PgConnection, PgPool, PgTransaction, Postgres, pool::PoolConnection};
 use time::OffsetDateTime;
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
@@ -21,11 +21,12 @@ use uuid::Uuid;
 use crate::{
     announce::{self, Occasion},
     fault::{self, Fault},
+    group_commit::{self, Queue, Waiting},
     idempotency::{Answer, IdempotencyKey},
     shipment::{Command, Decision, NewShipment, Refusal, Shipment},
     tables::{
         idempotency_keys::{self, Gate},
-        shipments,
+        shipments::{self, Locked},
     },
 };
 
@@ -37,9 +38,10 @@ const UNIT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Units of work in progress. A client that hangs up frees its place in the HTTP limits while its work goes on, so the
 /// work has a limit of its own.
-const MAX_UNITS: usize = 1024;
+pub(crate) const MAX_UNITS: usize = 1024;
+const GROUP_BUCKETS: [f64; 8] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0];
 /// Lines of all shipments of one call: what one call may hold in memory (G7).
-const MAX_LINES_OF_A_CALL: usize = 100_000;
+pub(crate) const MAX_LINES_OF_A_CALL: usize = 100_000;
 
 /// Several shipments for one transaction: all or nothing.
 #[derive(Debug, Clone)]
@@ -134,21 +136,25 @@ impl From<AppendError> for ChangeError {
 #[derive(Debug, Clone)]
 pub struct ChangeShipments {
     shared: Arc<Shared>,
+    queue: Queue,
 }
 
+/// What the transactions are made with.
 #[derive(Debug)]
-struct Shared {
+pub(crate) struct Shared {
     pool: PgPool,
     outbox: Outbox,
     hints: Hints,
     clock: fn() -> OffsetDateTime,
-    units: TaskTracker,
+    pub(crate) units: TaskTracker,
     permits: Arc<Semaphore>,
     changed: Counter<u64>,
     commit_duration: Histogram<f64>,
+    committed_together: Histogram<u64>,
 }
 
 impl ChangeShipments {
+    /// To be called within the runtime that is to do the work.
     pub fn new(pool: PgPool, outbox: Outbox, hints: Hints, clock: fn() -> OffsetDateTime) -> Self {
         let meter = opentelemetry::global::meter("logistics");
         let shared = Shared {
@@ -169,15 +175,20 @@ impl ChangeShipments {
                 .with_description("Time of one stage of the flow")
                 .with_boundaries(LATENCY_BUCKETS.to_vec())
                 .build(),
+            committed_together: meter
+                .u64_histogram("shipments.committed_together")
+                .with_unit("{request}")
+                .with_description("Requests of one transaction")
+                .with_boundaries(GROUP_BUCKETS.to_vec())
+                .build(),
         };
-        Self {
-            shared: Arc::new(shared),
-        }
+        let shared = Arc::new(shared);
+        let queue = group_commit::start(&shared);
+        Self { shared, queue }
     }
 
-    /// Does the work in a task of its own, and waits for it. A client that hangs up, or a deadline, drops the waiting and
-    /// never the work: a dropped transaction would leave the outcome, and with sqlx even the connection, in doubt
-    /// (HAZARDS H2, H3).
+    /// Does the work in another task, and waits for it. A client that hangs up, or a deadline, drops the waiting and never the
+    /// work: a dropped transaction would leave the outcome, and with sqlx even the connection, in doubt (HAZARDS H2, H3).
     ///
     /// # Errors
     /// [`ChangeError`]; it has been logged if it is not the client's.
@@ -185,28 +196,41 @@ impl ChangeShipments {
         let Ok(permit) = self.shared.permits.clone().try_acquire_owned() else {
             return Err(ChangeError::Overloaded);
         };
-        let shared = self.shared.clone();
-        let unit = async move {
-            let reply = shared.attempt_repeatedly(&request).await;
-            if let Err(error) = &reply {
-                log_failure(error, &request);
-            }
-            drop(permit);
-            reply
-        };
-        match self.shared.units.spawn(unit.in_current_span()).await {
-            Ok(reply) => reply,
-            Err(error) => {
-                tracing::error!(%error, "a unit of work panicked");
-                Err(ChangeError::Broken("the unit of work panicked"))
-            }
+        let (waiting, reply) = Waiting::new(request, permit);
+        if waiting.request.change().is_some() {
+            self.queue.join(waiting);
+        } else {
+            self.shared.clone().alone(waiting);
         }
+        // Without an answer it has panicked, which was logged there.
+        reply
+            .await
+            .unwrap_or(Err(ChangeError::Broken("the unit of work panicked")))
+    }
+
+    /// Requests that wait for a transaction to take them.
+    pub fn waiting(&self) -> usize {
+        self.queue.waiting()
     }
 
     /// Waits for the units in progress; no new ones may be started. The caller bounds the wait.
     pub async fn drain(&self) {
+        self.queue.close();
         self.shared.units.close();
         self.shared.units.wait().await;
+    }
+}
+
+impl Request {
+    /// The change of a request that has just one.
+    pub(crate) fn change(&self) -> Option<&Change> {
+        match &self.work {
+            Work::Change(changes) => match changes.as_slice() {
+                [change] => Some(change),
+                _ => None,
+            },
+            Work::Create(_) => None,
+        }
     }
 }
 
@@ -216,7 +240,172 @@ enum Ending {
     Replay(Answer),
 }
 
+/// At the places of their requests; `None` for those that are to go alone.
+pub(crate) type Replies = Vec<Option<Result<Reply, ChangeError>>>;
+
+/// What the decisions of one transaction come to.
+struct Decisions {
+    locked: HashMap<i64, Shipment>,
+    events: Vec<NewEvent>,
+    changed: BTreeSet<i64>,
+    returned: BTreeSet<i64>,
+}
+
+impl Decisions {
+    fn on(locked: HashMap<i64, Shipment>) -> Self {
+        Self {
+            locked,
+            events: Vec::new(),
+            changed: BTreeSet::new(),
+            returned: BTreeSet::new(),
+        }
+    }
+
+    /// Decides on what the changes before it left, so that an id may occur again.
+    fn decide(&mut self, Change { id, command }: &Change, occasion: &Occasion) -> Result<Outcome, serde_json::Error> {
+        let Some(shipment) = self.locked.get_mut(id) else {
+            return Ok(Outcome::NotFound { id: *id });
+        };
+        Ok(match shipment.decide(command, occasion.now) {
+            Ok(Decision::Changed(changed)) => {
+                self.events.push(announce::new_event(&changed, occasion)?);
+                self.changed.insert(*id);
+                if matches!(command, Command::Return { .. }) {
+                    self.returned.insert(*id);
+                }
+                *shipment = changed.shipment;
+                Outcome::Changed(Box::new(shipment.clone()))
+            }
+            Ok(Decision::AlreadyCompleted) => Outcome::AlreadyCompleted(Box::new(shipment.clone())),
+            Err(refusal) => Outcome::Refused { id: *id, refusal },
+        })
+    }
+
+    async fn write(&self, tx: &mut PgTransaction<'_>) -> Result<(), sqlx::Error> {
+        let of = |ids: &BTreeSet<i64>| {
+            ids.iter()
+                .filter_map(|id| self.locked.get(id))
+                .collect::<Vec<&Shipment>>()
+        };
+        shipments::update(tx, &of(&self.changed)).await?;
+        shipments::update_returned(tx, &of(&self.returned)).await
+    }
+}
+
 impl Shared {
+    /// One request in a transaction of its own, in a task of its own.
+    pub(crate) fn alone(self: Arc<Self>, waiting: Waiting) {
+        let span = waiting.span.clone();
+        let units = self.units.clone();
+        let unit = async move {
+            let reply = self.attempt_repeatedly(&waiting.request).await;
+            waiting.answer(reply);
+        };
+        units.spawn(unit.instrument(span));
+    }
+
+    /// Requests with one change each in one transaction, whose replies stand at their places. `None` for those that cannot go
+    /// with the others. Waits for no other transaction.
+    ///
+    /// # Errors
+    /// Nothing was changed, or with `OutcomeUnknown` nobody knows.
+    pub(crate) async fn together(&self, requests: &[&Request]) -> Result<Replies, ChangeError> {
+        let mut connection = self.pool.acquire().await?;
+        let replied = tokio::time::timeout(UNIT_DEADLINE, self.together_on(&mut connection, requests)).await;
+        replied.unwrap_or_else(|_| Err(give_up(&mut connection)))
+    }
+
+    async fn together_on(&self, connection: &mut PgConnection, requests: &[&Request]) -> Result<Replies, ChangeError> {
+        let started = Instant::now();
+        let mut tx = connection.begin().await?;
+        let (replies, events) = match self.work_together(&mut tx, requests).await {
+            Ok(worked) => worked,
+            Err(error) => {
+                roll_back(tx).await;
+                return Err(error);
+            }
+        };
+        self.commit(tx, &events, started).await?;
+        let committed = replies.iter().flatten().filter(|reply| reply.is_ok()).count();
+        self.committed_together.record(committed as u64, &[]);
+        Ok(replies)
+    }
+
+    /// Everything between BEGIN and COMMIT of a group.
+    async fn work_together(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        requests: &[&Request],
+    ) -> Result<(Replies, Vec<NewEvent>), ChangeError> {
+        let mut replies: Replies = requests.iter().map(|_| None).collect();
+        let open = self.open_gates(tx, requests, &mut replies).await?;
+        let changes = open.iter().filter_map(|place| requests[*place].change());
+        let ids: BTreeSet<i64> = changes.map(|change| change.id).collect();
+        let ids: Vec<i64> = ids.into_iter().collect();
+        let mut decisions = Decisions::on(shipments::lock(tx, &ids, Locked::LeaveOut).await?);
+        let mut answers = Vec::with_capacity(open.len());
+        for place in open {
+            let request = requests[place];
+            let Some(change) = request.change() else { continue };
+            if !decisions.locked.contains_key(&change.id) {
+                continue;
+            }
+            let outcome = decisions.decide(change, &self.occasion(request.traceparent.clone()))?;
+            let changed = matches!(outcome, Outcome::Changed(_));
+            match (request.answer)(&[outcome]) {
+                Ok(answer) => answers.push((place, answer)),
+                // Its event is among the others': nobody can go on.
+                Err(error) if changed => return Err(error),
+                Err(refused) => replies[place] = Some(Err(refused)),
+            }
+        }
+        decisions.write(tx).await?;
+        self.outbox.append(tx, &decisions.events).await?;
+        let kept: Vec<(&IdempotencyKey, &Answer)> = answers
+            .iter()
+            .filter_map(|(place, answer)| Some((requests[*place].key.as_ref()?, answer)))
+            .collect();
+        idempotency_keys::keep(tx, &kept).await?;
+        for (place, answer) in answers {
+            replies[place] = Some(Ok(Reply::Fresh(answer)));
+        }
+        Ok((replies, decisions.events))
+    }
+
+    /// The places of requests that may change something; others get their reply, but for a key that occurs again: what the first
+    /// one does answers it.
+    async fn open_gates(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        requests: &[&Request],
+        replies: &mut Replies,
+    ) -> Result<Vec<usize>, ChangeError> {
+        let (mut open, mut keyed, mut keys, mut seen) = (Vec::new(), Vec::new(), Vec::new(), HashSet::new());
+        for (place, request) in requests.iter().enumerate() {
+            match &request.key {
+                None => open.push(place),
+                Some(key) if seen.insert((key.route, key.value.as_str())) => {
+                    keyed.push(place);
+                    keys.push(key);
+                }
+                Some(_) => {}
+            }
+        }
+        if keys.is_empty() {
+            return Ok(open);
+        }
+        let gates = idempotency_keys::try_keys(tx, &keys).await?;
+        for (place, gate) in keyed.into_iter().zip(gates) {
+            match gate.into_reply() {
+                None => open.push(place),
+                reply => replies[place] = reply,
+            }
+        }
+        // As they came.
+        open.sort_unstable();
+        Ok(open)
+    }
+
     async fn attempt_repeatedly(&self, request: &Request) -> Result<Reply, ChangeError> {
         let mut attempt = 1;
         loop {
@@ -231,21 +420,14 @@ impl Shared {
         }
     }
 
-    /// A server that vanished without a reset never answers, and its own statement timeout vanished with it.
     async fn transaction(&self, request: &Request) -> Result<Reply, ChangeError> {
         let mut connection = self.pool.acquire().await?;
-        match tokio::time::timeout(UNIT_DEADLINE, self.transaction_on(&mut connection, request)).await {
-            Ok(reply) => reply,
-            Err(_) => {
-                // It may be inside a transaction: nobody else may get it (HAZARDS H3).
-                connection.close_on_drop();
-                let silence = std::io::Error::new(std::io::ErrorKind::TimedOut, "the database did not answer");
-                Err(ChangeError::OutcomeUnknown(silence.into()))
-            }
-        }
+        let reply = tokio::time::timeout(UNIT_DEADLINE, self.transaction_on(&mut connection, request)).await;
+        reply.unwrap_or_else(|_| Err(give_up(&mut connection)))
     }
 
-    /// THE transaction: nothing else in this service opens one to change a shipment.
+    /// THE transaction: nothing else in this service opens one to change a shipment, but for [`Shared::together`], which does the
+    /// same for several requests.
     async fn transaction_on(&self, connection: &mut PgConnection, request: &Request) -> Result<Reply, ChangeError> {
         let started = Instant::now();
         let mut tx = connection.begin().await?;
@@ -260,8 +442,13 @@ impl Shared {
                 return Err(error);
             }
         };
+        self.commit(tx, &events, started).await?;
+        Ok(Reply::Fresh(answer))
+    }
+
+    async fn commit(&self, tx: PgTransaction<'_>, events: &[NewEvent], started: Instant) -> Result<(), ChangeError> {
         // While the shipments are locked: a key's places have the order of its commits.
-        let place = self.hints.reserve(&events);
+        let place = self.hints.reserve(events);
         if let Err(error) = tx.commit().await {
             return Err(if fault::commit_outcome_unknown(&error) {
                 ChangeError::OutcomeUnknown(error)
@@ -270,18 +457,19 @@ impl Shared {
             });
         }
         place.committed();
-        self.measure(&events, started.elapsed());
-        Ok(Reply::Fresh(answer))
+        self.measure(events, started.elapsed());
+        Ok(())
     }
 
     /// Everything between BEGIN and COMMIT.
     async fn work(&self, tx: &mut PgTransaction<'_>, request: &Request) -> Result<Ending, ChangeError> {
         if let Some(key) = &request.key {
-            match idempotency_keys::try_key(tx, key).await? {
-                Gate::Open => {}
-                Gate::Answered(answer) => return Ok(Ending::Replay(answer)),
-                Gate::InProgress => return Err(ChangeError::KeyInProgress),
-                Gate::OtherRequest => return Err(ChangeError::KeyReused),
+            for gate in idempotency_keys::try_keys(tx, &[key]).await? {
+                match gate.into_reply() {
+                    None => {}
+                    Some(Ok(Reply::Replayed(answer) | Reply::Fresh(answer))) => return Ok(Ending::Replay(answer)),
+                    Some(Err(error)) => return Err(error),
+                }
             }
         }
         let (outcomes, events) = match &request.work {
@@ -291,7 +479,7 @@ impl Shared {
         self.outbox.append(tx, &events).await?;
         let answer = (request.answer)(&outcomes)?;
         if let Some(key) = &request.key {
-            idempotency_keys::keep(tx, key, &answer).await?;
+            idempotency_keys::keep(tx, &[(key, &answer)]).await?;
         }
         Ok(Ending::Commit(answer, events))
     }
@@ -317,7 +505,6 @@ impl Shared {
     }
 
     /// Lock, decide, update: set-based, so that one change costs what it must and 10,000 do not cost 10,000 times that.
-    /// Each change is decided on what the one before it left, so that an id may occur again.
     async fn change(
         &self,
         tx: &mut PgTransaction<'_>,
@@ -332,36 +519,15 @@ impl Shared {
                 return Err(ChangeError::TooManyLines { lines });
             }
         }
-        let mut locked = shipments::lock(tx, &ids).await?;
+        let mut decisions = Decisions::on(shipments::lock(tx, &ids, Locked::WaitFor).await?);
         // After the locks: the wait for them is no part of the time of the decision.
         let occasion = self.occasion(traceparent);
-        let mut outcomes = Vec::with_capacity(changes.len());
-        let mut events = Vec::with_capacity(changes.len());
-        let mut changed_ids = BTreeSet::new();
-        let mut returned_ids = BTreeSet::new();
-        for Change { id, command } in changes {
-            let Some(shipment) = locked.get_mut(id) else {
-                outcomes.push(Outcome::NotFound { id: *id });
-                continue;
-            };
-            outcomes.push(match shipment.decide(command, occasion.now) {
-                Ok(Decision::Changed(changed)) => {
-                    events.push(announce::new_event(&changed, &occasion)?);
-                    changed_ids.insert(*id);
-                    if matches!(command, Command::Return { .. }) {
-                        returned_ids.insert(*id);
-                    }
-                    *shipment = changed.shipment;
-                    Outcome::Changed(Box::new(shipment.clone()))
-                }
-                Ok(Decision::AlreadyCompleted) => Outcome::AlreadyCompleted(Box::new(shipment.clone())),
-                Err(refusal) => Outcome::Refused { id: *id, refusal },
-            });
-        }
-        let of = |ids: &BTreeSet<i64>| ids.iter().filter_map(|id| locked.get(id)).collect::<Vec<&Shipment>>();
-        shipments::update(tx, &of(&changed_ids)).await?;
-        shipments::update_returned(tx, &of(&returned_ids)).await?;
-        Ok((outcomes, events))
+        let outcomes = changes
+            .iter()
+            .map(|change| decisions.decide(change, &occasion))
+            .collect::<Result<_, _>>()?;
+        decisions.write(tx).await?;
+        Ok((outcomes, decisions.events))
     }
 
     fn occasion(&self, traceparent: Option<String>) -> Occasion {
@@ -387,6 +553,14 @@ impl Shared {
     }
 }
 
+/// A server that vanished without a reset never answers, and its own statement timeout vanished with it. The connection may be
+/// inside a transaction: nobody else may get it (HAZARDS H3).
+fn give_up(connection: &mut PoolConnection<Postgres>) -> ChangeError {
+    connection.close_on_drop();
+    let silence = std::io::Error::new(std::io::ErrorKind::TimedOut, "the database did not answer");
+    ChangeError::OutcomeUnknown(silence.into())
+}
+
 /// Lets locks go at once instead of when the connection is used again.
 async fn roll_back(tx: PgTransaction<'_>) {
     if let Err(error) = tx.rollback().await {
@@ -400,8 +574,20 @@ fn pause(attempt: u32) -> Duration {
     Duration::from_millis((5 << attempt) + random as u64)
 }
 
+impl Gate {
+    /// `None` if it is open.
+    fn into_reply(self) -> Option<Result<Reply, ChangeError>> {
+        match self {
+            Self::Open => None,
+            Self::Answered(answer) => Some(Ok(Reply::Replayed(answer))),
+            Self::InProgress => Some(Err(ChangeError::KeyInProgress)),
+            Self::OtherRequest => Some(Err(ChangeError::KeyReused)),
+        }
+    }
+}
+
 /// Here and not where the answer is made: the client, and with it the handler, may be gone.
-fn log_failure(error: &ChangeError, request: &Request) {
+pub(crate) fn log_failure(error: &ChangeError, request: &Request) {
     use std::error::Error;
     let cause = error.source().map(ToString::to_string);
     let trace_id = request.traceparent.as_deref().and_then(|text| text.get(3..35));

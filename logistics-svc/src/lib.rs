@@ -18,6 +18,9 @@ pub mod idempotency;
 /// THE transaction: one function opens it, and every change goes through it.
 pub mod change_shipments;
 
+/// Requests that wait at the same time share one transaction.
+mod group_commit;
+
 /// The domain, pure: states and commands, an event or a refusal.
 pub mod shipment;
 

@@ -1,6 +1,6 @@
 //! `logistics.idempotency_keys`: the gate in front of a change, and the answer kept behind it.
 
-use sqlx::{PgExecutor, PgTransaction};
+use sqlx::{FromRow, PgExecutor, PgTransaction};
 
 use crate::idempotency::{Answer, IdempotencyKey};
 
@@ -17,49 +17,102 @@ pub enum Gate {
     OtherRequest,
 }
 
-/// Tries the key. The lock is let go by commit or rollback, whichever ends the transaction.
-pub async fn try_key(tx: &mut PgTransaction<'_>, key: &IdempotencyKey) -> Result<Gate, sqlx::Error> {
-    // Two keys whose hashes collide refuse each other for a moment, and both succeed when repeated.
-    let locked: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock(hashtextextended($1 || ' ' || $2, 0))")
-        .bind(key.route)
-        .bind(&key.value)
-        .fetch_one(&mut **tx)
-        .await?;
-    if !locked {
-        return Ok(Gate::InProgress);
-    }
-    // A statement of its own: only a snapshot younger than the lock sees what the previous holder committed.
-    let kept: Option<(Vec<u8>, i32, Option<String>, String)> = sqlx::query_as(
-        "SELECT request_hash, status, location, response::text
-           FROM logistics.idempotency_keys WHERE route = $1 AND key = $2",
-    )
-    .bind(key.route)
-    .bind(&key.value)
-    .fetch_optional(&mut **tx)
-    .await?;
-    Ok(match kept {
-        None => Gate::Open,
-        Some((request_hash, ..)) if request_hash != key.request_hash => Gate::OtherRequest,
-        Some((_, status, location, body)) => Gate::Answered(Answer {
-            status: u16::try_from(status).unwrap_or(200),
-            location,
-            body,
-        }),
-    })
+#[derive(Debug, FromRow)]
+struct Kept {
+    /// Of the key, from 1.
+    place: i64,
+    request_hash: Vec<u8>,
+    status: i32,
+    location: Option<String>,
+    response: String,
 }
 
-/// Keeps the answer, in the transaction of the change it answers.
-pub async fn keep(tx: &mut PgTransaction<'_>, key: &IdempotencyKey, answer: &Answer) -> Result<(), sqlx::Error> {
+/// Tries the keys, which all differ; what each says stands at its place. The locks are let go by commit or rollback, whichever
+/// ends the transaction. Waits for nobody.
+pub async fn try_keys(tx: &mut PgTransaction<'_>, keys: &[&IdempotencyKey]) -> Result<Vec<Gate>, sqlx::Error> {
+    let routes: Vec<&str> = keys.iter().map(|key| key.route).collect();
+    let values: Vec<&str> = keys.iter().map(|key| key.value.as_str()).collect();
+    // Two keys whose hashes collide refuse each other for a moment, and both succeed when repeated.
+    let locked: Vec<bool> = sqlx::query_scalar(
+        "SELECT pg_try_advisory_xact_lock(hashtextextended(route || ' ' || key, 0))
+           FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS asked(route, key, place) ORDER BY place",
+    )
+    .bind(&routes)
+    .bind(&values)
+    .fetch_all(&mut **tx)
+    .await?;
+    // A statement of its own: only a snapshot younger than the locks sees what the previous holders committed.
+    let kept: Vec<Kept> = sqlx::query_as(
+        "SELECT place, request_hash, status, location, response::text AS response
+           FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS asked(route, key, place)
+           JOIN logistics.idempotency_keys AS kept USING (route, key)",
+    )
+    .bind(&routes)
+    .bind(&values)
+    .fetch_all(&mut **tx)
+    .await?;
+    let mut gates: Vec<Gate> = locked
+        .into_iter()
+        .map(|locked| if locked { Gate::Open } else { Gate::InProgress })
+        .collect();
+    for kept in kept {
+        let place = usize::try_from(kept.place - 1).unwrap_or_default();
+        let (Some(gate), Some(key)) = (gates.get_mut(place), keys.get(place)) else {
+            continue;
+        };
+        if *gate == Gate::InProgress {
+            continue;
+        }
+        *gate = if kept.request_hash == key.request_hash {
+            Gate::Answered(Answer {
+                status: u16::try_from(kept.status).unwrap_or(200),
+                location: kept.location,
+                body: kept.response,
+            })
+        } else {
+            Gate::OtherRequest
+        };
+    }
+    Ok(gates)
+}
+
+/// Keeps the answers, in the transaction of the changes they answer.
+pub async fn keep(tx: &mut PgTransaction<'_>, answers: &[(&IdempotencyKey, &Answer)]) -> Result<(), sqlx::Error> {
+    if answers.is_empty() {
+        return Ok(());
+    }
     sqlx::query(
         "INSERT INTO logistics.idempotency_keys (route, key, request_hash, status, location, response)
-         VALUES ($1, $2, $3, $4, $5, $6::text::json)",
+         SELECT route, key, request_hash, status, location, response::json
+           FROM unnest($1::text[], $2::text[], $3::bytea[], $4::int[], $5::text[], $6::text[])
+             AS new(route, key, request_hash, status, location, response)",
     )
-    .bind(key.route)
-    .bind(&key.value)
-    .bind(key.request_hash.as_slice())
-    .bind(i32::from(answer.status))
-    .bind(answer.location.as_deref())
-    .bind(&answer.body)
+    .bind(answers.iter().map(|(key, _)| key.route).collect::<Vec<_>>())
+    .bind(answers.iter().map(|(key, _)| key.value.as_str()).collect::<Vec<_>>())
+    .bind(
+        answers
+            .iter()
+            .map(|(key, _)| key.request_hash.as_slice())
+            .collect::<Vec<_>>(),
+    )
+    .bind(
+        answers
+            .iter()
+            .map(|(_, answer)| i32::from(answer.status))
+            .collect::<Vec<_>>(),
+    )
+    .bind(
+        answers
+            .iter()
+            .map(|(_, answer)| answer.location.as_deref())
+            .collect::<Vec<_>>(),
+    )
+    .bind(
+        answers
+            .iter()
+            .map(|(_, answer)| answer.body.as_str())
+            .collect::<Vec<_>>(),
+    )
     .execute(&mut **tx)
     .await?;
     Ok(())

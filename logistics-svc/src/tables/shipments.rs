@@ -85,18 +85,35 @@ pub async fn insert(tx: &mut PgTransaction<'_>, shipments: &[Shipment]) -> Resul
     Ok(())
 }
 
+/// What [`lock`] does about a shipment that another transaction has locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Locked {
+    WaitFor,
+    LeaveOut,
+}
+
 /// Locks the shipments against other changes and reads them. Locks are taken in the order of the ids, whatever order the
 /// caller has, so that two overlapping calls cannot deadlock (HAZARDS H65). Unknown ids are left out.
-pub async fn lock(tx: &mut PgTransaction<'_>, ids: &[i64]) -> Result<HashMap<i64, Shipment>, sqlx::Error> {
-    let rows: Vec<ShipmentRow> = sqlx::query_as(
-        "SELECT id, order_id, warehouse, carrier, tracking_number, status, sequence, reason,
-                created_at, updated_at, completed_at
-           FROM logistics.shipments WHERE id = ANY($1)
-          ORDER BY id FOR NO KEY UPDATE",
-    )
-    .bind(ids)
-    .fetch_all(&mut **tx)
-    .await?;
+pub async fn lock(
+    tx: &mut PgTransaction<'_>,
+    ids: &[i64],
+    locked: Locked,
+) -> Result<HashMap<i64, Shipment>, sqlx::Error> {
+    let select = match locked {
+        Locked::WaitFor => {
+            "SELECT id, order_id, warehouse, carrier, tracking_number, status, sequence, reason,
+                    created_at, updated_at, completed_at
+               FROM logistics.shipments WHERE id = ANY($1)
+              ORDER BY id FOR NO KEY UPDATE"
+        }
+        Locked::LeaveOut => {
+            "SELECT id, order_id, warehouse, carrier, tracking_number, status, sequence, reason,
+                    created_at, updated_at, completed_at
+               FROM logistics.shipments WHERE id = ANY($1)
+              ORDER BY id FOR NO KEY UPDATE SKIP LOCKED"
+        }
+    };
+    let rows: Vec<ShipmentRow> = sqlx::query_as(select).bind(ids).fetch_all(&mut **tx).await?;
     // A statement of its own: its snapshot is younger than the locks, so it sees the returns that the locks waited for.
     let lines: Vec<LockedLinesRow> = sqlx::query_as(
         "SELECT shipment_id, array_agg(sku ORDER BY sku) AS skus, array_agg(quantity ORDER BY sku) AS quantities,

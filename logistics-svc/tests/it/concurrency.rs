@@ -56,3 +56,62 @@ async fn sequences_have_no_gap_under_32_writers_and_nobody_deadlocks() {
     let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
     assert_eq!(service.count(deadlocks).await, 0);
 }
+
+/// What waits together commits together, and each request keeps the outcome it would have had alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_wait_together_commit_together_with_an_outcome_each() {
+    let service = TestService::start().await;
+    let ids = service.create(61).await;
+    let (locked, ids) = ids.split_first().unwrap();
+    // Nobody gets as far as a commit until all have come.
+    let mut no_append = service.owner.begin().await.unwrap();
+    sqlx::query("LOCK TABLE logistics.outbox IN EXCLUSIVE MODE")
+        .execute(&mut *no_append)
+        .await
+        .unwrap();
+    let mut elsewhere = service.owner.begin().await.unwrap();
+    sqlx::query("SELECT FROM logistics.shipments WHERE id = $1 FOR UPDATE")
+        .bind(locked)
+        .execute(&mut *elsewhere)
+        .await
+        .unwrap();
+
+    let complete = |id: &i64| format!("/v1/shipments/{id}/complete");
+    let good = ids.iter().map(|id| service.post(&complete(id), json!({})));
+    let good = async { join_all(good).await };
+    let held = service.post(&complete(locked), json!({}));
+    let unknown = service.post("/v1/shipments/999999/complete", json!({}));
+    let refused = service.post(&format!("/v1/shipments/{}/release", ids[0]), json!({}));
+    let path = format!("/v1/shipments/{}/hold", ids[1]);
+    let keyed = async { join_all((0..2).map(|_| service.post_with_key(&path, "k", json!({"reason": "x"})))).await };
+    let free = async {
+        while service.changes.waiting() < 30 {
+            tokio::task::yield_now().await;
+        }
+        no_append.rollback().await.unwrap();
+    };
+    let others = async {
+        let (good, unknown, refused, keyed, ()) = tokio::join!(good, unknown, refused, keyed, free);
+        elsewhere.rollback().await.unwrap();
+        (good, unknown, refused, keyed)
+    };
+    let ((good, unknown, refused, keyed), held) = tokio::join!(others, held);
+    for (place, answer) in good.iter().enumerate() {
+        // The one that is put on hold may be so before it is completed, or after.
+        assert!(
+            answer.status == 200 || (place == 1 && answer.status == 409),
+            "{}",
+            answer.text
+        );
+    }
+    held.expect(200);
+    unknown.expect(404);
+    refused.expect(409);
+    for answer in &keyed {
+        assert!(matches!(answer.status.as_u16(), 200 | 409), "{}", answer.text);
+    }
+    service.assert_events_match_shipments().await;
+    let transactions = "SELECT count(DISTINCT xmin::text) FROM logistics.outbox WHERE type = 'ShipmentCompleted'";
+    let transactions = service.count(transactions).await;
+    assert!(transactions < 20, "{transactions} transactions for 61 requests");
+}
