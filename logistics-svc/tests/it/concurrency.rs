@@ -1,5 +1,5 @@
 use futures_util::future::join_all;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::service::TestService;
 
@@ -76,14 +76,14 @@ async fn requests_that_wait_together_commit_together_with_an_outcome_each() {
         .await
         .unwrap();
 
+    let post = async |path: String, body: Value| service.post(&path, body).await;
     let complete = |id: &i64| format!("/v1/shipments/{id}/complete");
-    let good = ids.iter().map(|id| service.post(&complete(id), json!({})));
-    let good = async { join_all(good).await };
-    let held = service.post(&complete(locked), json!({}));
-    let unknown = service.post("/v1/shipments/999999/complete", json!({}));
-    let refused = service.post(&format!("/v1/shipments/{}/release", ids[0]), json!({}));
+    let good = join_all(ids.iter().map(|id| post(complete(id), json!({}))));
+    let held = post(complete(locked), json!({}));
+    let unknown = post(complete(&999_999), json!({}));
+    let refused = post(format!("/v1/shipments/{}/release", ids[0]), json!({}));
     let path = format!("/v1/shipments/{}/hold", ids[1]);
-    let keyed = async { join_all((0..2).map(|_| service.post_with_key(&path, "k", json!({"reason": "x"})))).await };
+    let keyed = join_all((0..2).map(|_| service.post_with_key(&path, "k", json!({"reason": "x"}))));
     let free = async {
         while service.changes.waiting() < 30 {
             tokio::task::yield_now().await;

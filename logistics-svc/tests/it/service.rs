@@ -117,6 +117,12 @@ impl TestService {
         Self::over(database, pool).await.unwrap()
     }
 
+    /// The next process over the same database.
+    pub(crate) async fn restarted(self) -> Self {
+        let pool = service_pool(&self.database.url_for(LOGISTICS).unwrap()).unwrap();
+        Self::over(self.database, pool).await.unwrap()
+    }
+
     pub(crate) async fn over(database: TestDatabase, pool: PgPool) -> anyhow::Result<Self> {
         let owner = PgPoolOptions::new()
             .max_connections(2)

@@ -24,7 +24,7 @@ pub(in crate::http) struct TriedView {
     /// `dead_letter`.
     outcome: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    error_type: Option<&'static str>,
+    error_type: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error_message: Option<String>,
     /// Rows of commerce that would change, by table and key.
@@ -62,7 +62,7 @@ impl From<Tried> for TriedView {
         };
         Self {
             outcome,
-            error_type: reason.as_ref().map(|reason| reason.error_type),
+            error_type: reason.as_ref().map(|reason| reason.error_type.clone().into_owned()),
             error_message: reason.map(|reason| reason.message),
             changes: tried.changes.into_iter().map(change).collect(),
         }
