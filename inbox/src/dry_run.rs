@@ -10,7 +10,7 @@ use crate::{
     failure::{Class, classify},
     handler::{Handler, IncomingEvent, Outcome, Position, Row},
     partition::failed,
-    process::{BatchError, ask_handler},
+    process::{BatchError, ask_handler, keep_dead},
     table::Table,
 };
 
@@ -132,6 +132,7 @@ impl<H: Handler> DryRun<H> {
         let before = self.handler.rows(transaction, event).await;
         let before = before.map_err(BatchError::Handler)?;
         let mut outcomes = ask_handler(&self.handler, transaction, &events).await?;
+        keep_dead(&self.table, transaction, &events, &mut outcomes).await?;
         let after = self.handler.rows(transaction, event).await;
         let after = after.map_err(BatchError::Handler)?;
         Ok(Tried {

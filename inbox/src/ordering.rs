@@ -107,6 +107,8 @@ pub(crate) enum Turn {
     /// It has taken effect before.
     Done,
     Try,
+    /// It has died before and its key has gone on: nothing is to be done about it but to send its record.
+    PassedOver,
     Park,
 }
 
@@ -170,7 +172,7 @@ pub(crate) struct Settlement {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct OutOfOrder(pub(crate) HashSet<Uuid>);
 
-/// Judges a batch by its turns and by the handler's `answers` to those that tried. `histories` are the attempts behind
+/// Judges a batch by its turns and by the `answers` to those that try or were passed over. `histories` are the attempts behind
 /// each event. Pure.
 pub(crate) fn settle(
     events: &[IncomingEvent],
@@ -211,13 +213,18 @@ pub(crate) fn settle(
                 settlement.verdicts.push(Verdict::Parked);
                 continue;
             }
-            // As many answers as tries: the caller has checked it.
-            Turn::Try => answers.next().unwrap_or(Outcome::Duplicate),
+            // As many answers as such turns: the caller has checked it.
+            Turn::Try | Turn::PassedOver => answers.next().unwrap_or(Outcome::Duplicate),
         };
         let attempt = histories
             .get(place)
             .map_or(0, |history| history.attempts)
             .saturating_add(1);
+        if *turn == Turn::PassedOver {
+            // Its key is held by others now, or by nobody: that stays.
+            settlement.verdicts.push(verdict(answer, attempt, schedule));
+            continue;
+        }
         if *ordering == Ordering::None {
             // No key is held, but one may be from before, or because of a redrive.
             let verdict = verdict(answer, attempt, schedule);

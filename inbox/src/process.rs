@@ -152,11 +152,11 @@ impl<H: Handler> Process<H> {
         // After the claim: whoever tried the same events before us has ended by now, and what he noted is seen.
         let held = self.table.lock_held(&mut transaction, events).await;
         let held = held.map_err(BatchError::Inbox)?;
-        let turns = turns(events, &is_new, &held, behind, &self.ordering);
-        let passed = self.passed_over(&mut transaction, events, &turns).await?;
+        let mut turns = turns(events, &is_new, &held, behind, &self.ordering);
+        let passed = self.passed_over(&mut transaction, events, &mut turns).await?;
         let answers = match judged {
-            Some(outcome) => vec![outcome.clone()],
-            None => self.ask(&mut transaction, events, &turns, &passed).await?,
+            Some(outcome) if passed.is_empty() => vec![outcome.clone()],
+            _ => self.ask(&mut transaction, events, &turns, &passed).await?,
         };
         crash_point::EFFECT_AFTER.reached();
         let settled = settle(
@@ -239,24 +239,32 @@ impl<H: Handler> Process<H> {
         }
     }
 
-    /// Events that are to try and were passed over by a transaction before, whose record may never have reached the dead letters:
-    /// the process died, lost the partition or was stopped by the flood limit. The handler counts them as done and would call
-    /// them duplicates.
+    /// Events that would try and were passed over by a transaction before, whose record may never have reached the dead letters:
+    /// the process died, lost the partition or was stopped by the flood limit. It is not their turn any more. A handler that
+    /// counts sequences would call them duplicates; another one would let them take effect behind those that follow them.
     async fn passed_over(
         &self,
         transaction: &mut PgTransaction<'_>,
         events: &[IncomingEvent],
-        turns: &[Turn],
+        turns: &mut [Turn],
     ) -> Result<HashMap<Uuid, Reason>, BatchError> {
         if !self.ordering.releases() {
             return Ok(HashMap::new());
         }
-        let tries = events.iter().zip(turns).filter(|(_, turn)| **turn == Turn::Try);
-        let ids: Vec<Uuid> = tries.map(|(event, _)| event.envelope.id).collect();
-        self.table.let_go_on(transaction, &ids).await.map_err(BatchError::Inbox)
+        let tries = || (0..events.len()).filter(|place| turns[*place] == Turn::Try);
+        let ids: Vec<Uuid> = tries().map(|place| events[place].envelope.id).collect();
+        let passed = self.table.let_go_on(transaction, &ids).await;
+        let passed = passed.map_err(BatchError::Inbox)?;
+        let places: Vec<usize> = tries()
+            .filter(|place| passed.contains_key(&events[*place].envelope.id))
+            .collect();
+        for place in places {
+            turns[place] = Turn::PassedOver;
+        }
+        Ok(passed)
     }
 
-    /// The answers to the events whose turn it is: the handler's, and the one of before for those that were `passed` over.
+    /// The handler's answers to the events whose turn it is, and for those that were `passed` over why they died.
     async fn ask(
         &self,
         transaction: &mut PgTransaction<'_>,
@@ -268,23 +276,32 @@ impl<H: Handler> Process<H> {
             return self.apply(transaction, events).await;
         }
         let tries = events.iter().zip(turns).filter(|(_, turn)| **turn == Turn::Try);
-        let tries: Vec<&IncomingEvent> = tries.map(|(event, _)| event).collect();
-        let asked = tries.iter().filter(|event| !passed.contains_key(&event.envelope.id));
-        let asked: Vec<IncomingEvent> = asked.map(|event| (*event).clone()).collect();
-        let mut answers = match asked.as_slice() {
+        let tries: Vec<IncomingEvent> = tries.map(|(event, _)| event.clone()).collect();
+        let mut answers = match tries.as_slice() {
             [] => Vec::new(),
-            asked => self.apply(transaction, asked).await?,
+            tries => self.apply(transaction, tries).await?,
         }
         .into_iter();
-        let answer = |event: &&IncomingEvent| match passed.get(&event.envelope.id) {
-            Some(reason) => Some(Outcome::DeadLetter(reason.clone())),
-            None => answers.next(),
+        let answer = |(event, turn): (&IncomingEvent, &Turn)| match turn {
+            Turn::Try => answers.next(),
+            Turn::PassedOver => Some(Outcome::DeadLetter(passed.get(&event.envelope.id)?.clone())),
+            Turn::Done | Turn::Park => None,
         };
-        Ok(tries.iter().filter_map(answer).collect())
+        Ok(events.iter().zip(turns).filter_map(answer).collect())
     }
 
     /// What becomes of events: the handler's answers, and the policy's for those that it does not take.
     pub(crate) async fn apply(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        events: &[IncomingEvent],
+    ) -> Result<Vec<Outcome>, BatchError> {
+        let mut outcomes = self.answers(transaction, events).await?;
+        keep_dead(&self.table, transaction, events, &mut outcomes).await?;
+        Ok(outcomes)
+    }
+
+    async fn answers(
         &self,
         transaction: &mut PgTransaction<'_>,
         events: &[IncomingEvent],
@@ -308,7 +325,7 @@ impl<H: Handler> Process<H> {
         Ok(events.iter().zip(&takes).map(outcome).collect())
     }
 
-    /// What has to stand in the table for what did not take effect. Of events that were `passed` over it stands there already.
+    /// What has to stand in the table for what did not take effect; of events that were `passed` over it stands there already.
     async fn write(
         &self,
         transaction: &mut PgTransaction<'_>,
@@ -354,7 +371,7 @@ impl<H: Handler> Process<H> {
             .note_failures(transaction, &failed, self.consumer_version)
             .await
             .map_err(BatchError::Inbox)?;
-        for place in settlement.pass_over.iter().filter(|place| !is_passed(place)) {
+        for place in &settlement.pass_over {
             let passed = self.handler.pass_over(transaction, &batch.events[*place]).await;
             passed.map_err(BatchError::Handler)?;
         }
@@ -409,6 +426,32 @@ impl<H: Handler> Process<H> {
         }
         Ok(())
     }
+}
+
+/// A dead letter that let its key go on has not taken effect, though a handler that has passed over it calls it a duplicate
+/// when it comes again, redriven for example: it stays dead.
+pub(crate) async fn keep_dead(
+    table: &Table,
+    transaction: &mut PgTransaction<'_>,
+    events: &[IncomingEvent],
+    outcomes: &mut [Outcome],
+) -> Result<(), BatchError> {
+    let duplicates = events.iter().zip(outcomes);
+    let duplicates: Vec<(Uuid, &mut Outcome)> = duplicates
+        .filter(|(_, outcome)| **outcome == Outcome::Duplicate)
+        .map(|(event, outcome)| (event.envelope.id, outcome))
+        .collect();
+    if duplicates.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<Uuid> = duplicates.iter().map(|(id, _)| *id).collect();
+    let dead = table.without_effect(transaction, &ids).await;
+    let dead = dead.map_err(BatchError::Inbox)?;
+    for (_, outcome) in duplicates.into_iter().filter(|(id, _)| dead.contains(id)) {
+        let reason = "its key has gone on without it, so it can only be skipped";
+        *outcome = Outcome::DeadLetter(Reason::new("passed_over", reason));
+    }
+    Ok(())
 }
 
 /// The handler's answers, one for each event.

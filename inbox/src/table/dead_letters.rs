@@ -1,4 +1,8 @@
-use std::{borrow::Cow, collections::HashMap, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use sqlx::{Arguments, PgPool, PgTransaction, postgres::PgArguments};
 use uuid::Uuid;
@@ -131,6 +135,24 @@ impl Table {
             (id, Reason { error_type, message })
         };
         Ok(letters.into_iter().map(reason).collect())
+    }
+
+    /// Of these events, those that are dead letters which let their key go on, redriven or not, and whose event has not taken
+    /// effect.
+    pub(crate) async fn without_effect(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        ids: &[Uuid],
+    ) -> Result<HashSet<Uuid>, sqlx::Error> {
+        let dead: Vec<(Uuid,)> = sqlx::query_as(self.sql(
+            "SELECT id FROM {schema}.dead_letters
+              WHERE consumer = $1 AND id = ANY($2) AND state <> 'resolved' AND NOT holds",
+        ))
+        .bind(&*self.consumer)
+        .bind(ids)
+        .fetch_all(&mut **transaction)
+        .await?;
+        Ok(dead.into_iter().map(|(id,)| id).collect())
     }
 
     /// Dead letters whose event has taken effect after all, or shall not any more.

@@ -2,7 +2,7 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use inbox::FloodLimit;
 
-use crate::stage::{Stage, events, until};
+use crate::stage::{RELEASES, Stage, event, events, until};
 
 const RUN: u32 = 50;
 
@@ -89,4 +89,33 @@ async fn an_operator_lets_go_what_is_dead_indeed_however_much_of_it_there_is() {
     })
     .await;
     engine.stop().await;
+}
+
+/// They were passed over before the limit stopped them, so the handler calls them duplicates when it is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn g5_released_letters_that_a_flood_has_stopped_leave_when_it_is_over() {
+    let mut stage = Stage::new(&[]).await;
+    stage.flood_limit = FloodLimit {
+        run: 10,
+        ratio: 1.0,
+        window: 1_000,
+        resume_after: None,
+    };
+    let all: Vec<_> = (0..100).map(|n| event(RELEASES, &format!("key-{n}"), 1)).collect();
+    stage.send_events_to(Some(0), &all).await;
+    let engine = stage.engine().await;
+    until("the stop", async || engine.controls.stopped().is_some()).await;
+    until("all of them", async || {
+        engine.controls.resume();
+        stage.dead_letters().len() == 100
+    })
+    .await;
+    engine.stop().await;
+    assert_eq!(
+        stage
+            .number("SELECT count(*) FROM t.dead_letters WHERE state = 'open'")
+            .await,
+        100
+    );
+    assert_eq!(stage.number("SELECT count(*) FROM t.inbox").await, 0);
 }

@@ -1,12 +1,12 @@
 use std::{collections::BTreeMap, sync::atomic, time::Duration};
 
-use inbox::{Ordering, Parking};
+use inbox::{Ordering, Parking, operator::Decision};
 use shared_events::{Envelope, headers};
 use tokio::time::Instant;
 
 use crate::stage::{
-    EFFECT, FLAKY, GATED, NEVER, PANIC, RELEASES, SECOND_TIME, SLOW, SQL_ERROR, STRICT, Stage, event, events, until,
-    until_or,
+    ANN, EFFECT, FLAKY, GATED, NEVER, NOT_YET, PANIC, RELEASES, SECOND_TIME, SLOW, SQL_ERROR, STRICT, Stage, event,
+    events, until, until_or,
 };
 
 const SHORT: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(200)];
@@ -125,6 +125,88 @@ async fn g5_a_released_letter_reaches_its_topic_though_the_process_that_passed_o
         2,
         "it took no effect"
     );
+}
+
+/// G5: the same, for one that dies of its last try out of a retry topic.
+#[tokio::test(flavor = "multi_thread")]
+async fn g5_a_released_letter_out_of_a_retry_topic_is_not_resolved_before_its_record_is_sent() {
+    let mut stage = Stage::new(&SHORT[..1]).await;
+    stage.ordering = Ordering::PerKey(Parking {
+        most_per_key: 1_000,
+        most_in_all: 1_000,
+        released_by: [NOT_YET.to_owned()].into(),
+    });
+    stage.limit_bytes(&stage.topics.dead_letter(), 10).await;
+    let engine = stage.engine().await;
+    stage
+        .send_events(&[event(NOT_YET, "released", 1), event(EFFECT, "released", 2)])
+        .await;
+    until("its key to go on", async || stage.sequences("released").await == [2]).await;
+    engine.stop().await;
+    stage.limit_bytes(&stage.topics.dead_letter(), 1_000_000).await;
+    let engine = stage.engine().await;
+    until("the dead letter", async || stage.dead_letters().len() == 1).await;
+    engine.stop().await;
+    let open = "SELECT count(*) FROM t.dead_letters WHERE state = 'open' AND deaths = 1 AND error_type = 'not_yet'";
+    assert_eq!(stage.number(open).await, 1);
+}
+
+/// A released letter that comes again says nothing about its key, which somebody else may hold by now.
+#[tokio::test(flavor = "multi_thread")]
+async fn g3_a_released_letter_that_comes_again_does_not_let_go_what_another_event_holds() {
+    let stage = Stage::new(&[Duration::from_secs(3600)]).await;
+    stage.notes.gate_closed.store(true, atomic::Ordering::Relaxed);
+    stage.limit_bytes(&stage.topics.dead_letter(), 10).await;
+    let engine = stage.engine().await;
+    let first = [event(EFFECT, "a", 1), event(RELEASES, "a", 2), event(EFFECT, "a", 3)];
+    stage.send_events_to(Some(0), &first).await;
+    until("its key to go on", async || stage.sequences("a").await == [1, 3]).await;
+    until("nothing held", async || stage.held("a").await.is_none()).await;
+    // Elsewhere, because that partition waits for its letter.
+    let second = [event(GATED, "a", 4), event(EFFECT, "a", 5)];
+    stage.send_events_to(Some(1), &second).await;
+    let holds = async || stage.held("a").await == Some(("retrying".to_owned(), 1));
+    until("another event to hold the key", holds).await;
+    engine.stop().await;
+
+    stage.limit_bytes(&stage.topics.dead_letter(), 1_000_000).await;
+    let engine = stage.engine().await;
+    until("the dead letter", async || stage.dead_letters().len() == 1).await;
+    assert!(holds().await, "{:?}", stage.held("a").await);
+    engine.stop().await;
+    assert_eq!(stage.sequences("a").await, [1, 3]);
+}
+
+/// Its key has gone on: it can take effect no more, and nobody may be told that it has.
+#[tokio::test(flavor = "multi_thread")]
+async fn g5_a_released_letter_that_is_redriven_dies_again_and_is_not_said_to_have_taken_effect() {
+    let stage = Stage::new(&[]).await;
+    let operator = stage.operator();
+    let engine = stage.engine().await;
+    let released = event(RELEASES, "a", 2);
+    stage
+        .send_events(&[event(EFFECT, "a", 1), released.clone(), event(EFFECT, "a", 3)])
+        .await;
+    until("its key to go on", async || stage.sequences("a").await == [1, 3]).await;
+    until("its record", async || stage.dead_letters().len() == 1).await;
+    operator.decide(&[released.id], Decision::Redrive, ANN).await.unwrap();
+    until("its second record", async || stage.dead_letters().len() == 2).await;
+    until("nothing held", async || stage.held("a").await.is_none()).await;
+    let letter = operator.letter(released.id).await.unwrap().unwrap().row;
+    assert_eq!(
+        (&*letter.state, &*letter.error_type, letter.deaths),
+        ("open", "passed_over", 2)
+    );
+    assert_eq!(
+        operator.decide(&[released.id], Decision::Skip, ANN).await.unwrap(),
+        [released.id]
+    );
+    until("its end", async || {
+        operator.letter(released.id).await.unwrap().unwrap().row.state == "resolved"
+    })
+    .await;
+    engine.stop().await;
+    assert_eq!(stage.sequences("a").await, [1, 3]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -38,7 +38,7 @@ enum Wait {
 /// How the log is to be followed again.
 struct Next {
     wait: Wait,
-    /// The slot costs too much: it is dropped, and made anew once the table is drained.
+    /// The slot costs too much, or has left rows out: it is dropped, and made anew once the table is drained.
     gives_up_slot: bool,
     /// Before the next try.
     pause: Duration,
@@ -57,7 +57,8 @@ impl Next {
 impl Relay {
     /// The log while it can be had, and the table whenever it cannot: while the slot is made, which waits for every open
     /// transaction; while the server refuses replication; while every stream ends as soon as it
-    /// began; and after the slot was given up because it cost too much.
+    /// began; and after the slot was given up because it cost too much or
+    /// left rows out.
     ///
     /// No switch can make a gap. From the log to the table: unsent rows are found by their state. From the table to the log:
     /// a slot that was made anew, or moved, is swept for before it is streamed from. What both send is absorbed by the
@@ -88,13 +89,12 @@ impl Relay {
             self.failed(&error, backoff);
             let reason = with_causes(&error);
             next = match error {
-                SessionError::Budget(_) => Next {
+                error if matches!(error, SessionError::Budget(_)) || error.leaves_gap() => Next {
                     wait: Wait::Without(reason),
                     gives_up_slot: true,
                     pause: Duration::ZERO,
                 },
-                // Once is a server that restarts. A log that can be had and ends again and again moves nothing: a dropped
-                // publication, for one, is found out only by streaming.
+                // Once is a server that restarts. A log that can be had and ends again and again moves nothing.
                 _ => Next {
                     wait: if first_in_a_row {
                         Wait::Beginning
@@ -130,7 +130,7 @@ impl Relay {
         Some(prepared)
     }
 
-    /// Tries until the log can be followed. After a breach only once the table is drained: a broker that is away would fill
+    /// Tries until the log can be followed. After a slot was given up only once the table is drained: a broker that is away would fill
     /// a new slot as it filled the old one.
     async fn wal_when_ready(&self, say: &watch::Sender<Wait>, drained: Option<&Notify>) -> Prepared {
         if let Some(drained) = drained {
@@ -238,7 +238,7 @@ impl Relay {
 
     /// Drops the slot, so that the server lets its log go. Every unsent row is in the table. One that somebody else streams
     /// from is left alone.
-    async fn give_up_slot(&self) {
+    pub(super) async fn give_up_slot(&self) {
         for _ in 0..DROP_ATTEMPTS {
             match table::drop_slot(&self.pool, &self.slot.name).await {
                 Ok(true) => {

@@ -33,14 +33,26 @@ impl SessionError {
         )
     }
 
+    /// Whether rows were left out of the log, so that only the table has them: a slot made anew is swept for before it is
+    /// streamed from, and this one would stop at the same place for ever.
+    pub(crate) fn leaves_gap(&self) -> bool {
+        matches!(
+            self,
+            Self::Connection(ConnectionError::LeftOut(_))
+                | Self::Stream(StreamError::Connection(ConnectionError::LeftOut(_)))
+        )
+    }
+
     /// Whether waiting alone will not help: a missing right, login, database, publication or topic, a row that cannot be
     /// read. The relay tries again all the same, and goes on once it is repaired.
     pub(crate) fn needs_a_person(&self) -> bool {
         match self {
             Self::Connection(error) | Self::Stream(StreamError::Connection(error)) => match error {
-                ConnectionError::Authentication(_) | ConnectionError::PasswordMissing | ConnectionError::TlsRefused => {
-                    true
-                }
+                ConnectionError::Authentication(_)
+                | ConnectionError::PasswordMissing
+                | ConnectionError::TlsRefused
+                | ConnectionError::PublicationMissing(_)
+                | ConnectionError::LeftOut(_) => true,
                 error => error.sqlstate().is_some_and(lasts),
             },
             Self::Table(error) | Self::Sweep(SweepError::Read(error)) => table_error_lasts(error),
@@ -82,7 +94,7 @@ fn table_error_lasts(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Database(error) if error.code().is_some_and(|code| lasts(&code)))
 }
 
-/// 42xxx no right, no table, no column, no publication; 28xxx bad login; 3D000 no database; 55000 wal_level too low.
+/// 42xxx no right, no table, no column; 28xxx bad login; 3D000 no database; 55000 wal_level too low.
 fn lasts(sqlstate: &str) -> bool {
     sqlstate.starts_with("42") || sqlstate.starts_with("28") || matches!(sqlstate, "3D000" | "55000")
 }

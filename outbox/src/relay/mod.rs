@@ -319,6 +319,9 @@ impl Relay {
                         backoff = FIRST_BACKOFF;
                     }
                     self.failed(&error, backoff);
+                    if error.leaves_gap() {
+                        self.give_up_slot().await;
+                    }
                 }
             }
             tokio::select! {

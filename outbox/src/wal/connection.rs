@@ -45,9 +45,20 @@ pub(crate) enum ConnectionError {
     /// An error response of the server, by SQLSTATE.
     #[error("{message} (SQLSTATE {code})")]
     Server { code: String, message: String },
+    #[error("there is no publication {0}: the log would pass every row by")]
+    PublicationMissing(String),
+    /// The log has passed rows by that were committed while their publication did not exist. Since PostgreSQL 18 the server
+    /// only warns of it, and streams on; before that every stream ended at the first of these rows.
+    #[error("rows were left out of the stream: {0}")]
+    LeftOut(String),
     #[error("unexpected message: {0}")]
     Protocol(String),
 }
+
+/// `object_not_in_prerequisite_state`, of the warning "skipped loading publication".
+const SKIPPED: &str = "55000";
+/// `undefined_object`, of the error that servers before 18 ended the stream with.
+const UNDEFINED: &str = "42704";
 
 impl ConnectionError {
     /// The server's SQLSTATE, if the error is its answer.
@@ -237,8 +248,22 @@ impl Connection {
                     }
                     kind => return Err(unexpected(format_args!("stream message {kind}"))),
                 },
-                b'E' => return Err(server_error(&body)),
-                b'N' | b'S' => {}
+                b'E' => {
+                    return Err(match server_error(&body) {
+                        ConnectionError::Server { code, message } if code == UNDEFINED => {
+                            ConnectionError::LeftOut(message)
+                        }
+                        error => error,
+                    });
+                }
+                b'N' => {
+                    if let ConnectionError::Server { code, message } = server_error(&body)
+                        && code == SKIPPED
+                    {
+                        return Err(ConnectionError::LeftOut(message));
+                    }
+                }
+                b'S' => {}
                 b'c' => return Err(unexpected("the server ended the stream")),
                 other => return Err(unexpected(format_args!("{:?} in the stream", char::from(other)))),
             }
@@ -366,7 +391,7 @@ fn data_row(body: &mut Bytes) -> Result<Vec<Option<String>>, ConnectionError> {
         .collect()
 }
 
-/// Error response: fields of one byte and a NUL-terminated text.
+/// Error response or notice: fields of one byte and a NUL-terminated text.
 fn server_error(body: &[u8]) -> ConnectionError {
     let field = |wanted: u8| {
         body.split(|byte| *byte == 0)

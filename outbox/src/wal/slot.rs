@@ -51,10 +51,18 @@ impl Slot {
 
     /// Finds or makes the slot, and replaces one that the server has invalidated.
     ///
+    /// # Errors
+    /// [`ConnectionError::PublicationMissing`] before anything is made: the server would stream without it, and bring nothing.
+    ///
     /// Making a slot waits until every transaction then open has ended, and it streams all that commit later. So the
     /// rows that it will not stream are visible to any query that starts afterwards.
     pub(crate) async fn acquire(&self, connection: &mut Connection) -> Result<Origin, ConnectionError> {
         let name = &self.name;
+        let publication = self.publication.replace('\'', "''");
+        let published = format!("SELECT FROM pg_catalog.pg_publication WHERE pubname = '{publication}'");
+        if connection.query(&published).await?.is_empty() {
+            return Err(ConnectionError::PublicationMissing(self.publication.clone()));
+        }
         let system = connection.query("IDENTIFY_SYSTEM").await?;
         let system_identifier = first(&system).ok_or_else(|| missing("IDENTIFY_SYSTEM"))?;
         let status = format!("SELECT wal_status FROM pg_catalog.pg_replication_slots WHERE slot_name = '{name}'");
