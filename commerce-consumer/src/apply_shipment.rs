@@ -15,8 +15,12 @@ use uuid::Uuid;
 
 use crate::{
     order::{Order, OrderLine, OrderStatus},
-    shipment::{Effect, Entry, Shipment, StockChange, decide, pass_over},
-    tables::{order_lines, order_timeline, orders, products, shipments},
+    shipment::{Effect, Entry, Shipment, decide, pass_over},
+    tables::{
+        order_lines, order_timeline, orders,
+        products::{self, StockChanges},
+        shipments,
+    },
 };
 
 /// The events that have an effect here.
@@ -154,7 +158,7 @@ struct Books {
     changed_shipments: BTreeSet<String>,
     changed_lines: BTreeMap<(String, String), OrderLine>,
     changed_orders: BTreeSet<String>,
-    stock: BTreeMap<String, StockChange>,
+    stock: BTreeMap<String, StockChanges>,
     entries: Vec<TimelineEntry>,
 }
 
@@ -261,9 +265,7 @@ impl Books {
             self.changed_orders.insert(order_id);
         }
         for (sku, change) in stock {
-            let total = self.stock.entry(sku).or_default();
-            total.sellable += change.sellable;
-            total.committed += change.committed;
+            self.stock.entry(sku).or_default().add(change);
         }
         if let Some(kind) = entry {
             self.entries.push(TimelineEntry {

@@ -3,10 +3,7 @@ use std::{collections::HashSet, path::Path};
 use samples::northwind;
 use sqlx::PgPool;
 
-use crate::{
-    shipment::StockChange,
-    tables::{order_lines, orders, products},
-};
+use crate::tables::{order_lines, orders, products};
 
 /// How much an import has added; what was there before is left as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -45,7 +42,7 @@ pub async fn import(pool: &PgPool, dir: &Path) -> Result<Imported, ImportError> 
         .collect();
     let inserted = order_lines::insert(&mut transaction, &lines).await?;
 
-    let mut committed = std::collections::BTreeMap::<String, StockChange>::new();
+    let mut committed = std::collections::BTreeMap::<String, products::StockChanges>::new();
     for line in lines {
         committed.entry(line.product_id.to_string()).or_default().committed += i64::from(line.quantity);
     }

@@ -23,6 +23,9 @@ pub mod order;
 /// All SQL, one file per table.
 pub mod tables;
 
+/// The rows of an event as one path leaves them, held against what the other has written.
+pub mod comparison;
+
 /// What commerce knows, over REST: orders, products, shipments. Read only.
 pub mod http;
 

@@ -47,6 +47,12 @@ pub async fn ensure_roles(connection: &mut PgConnection, password: &str) -> anyh
             .await
             .with_context(|| format!("create the role {name}"))?;
     }
+    // For the synchronous path only, which says so with SET ROLE; nothing of it is inherited.
+    let grant = format!("GRANT {COMMERCE} TO {LOGISTICS} WITH INHERIT FALSE, SET TRUE");
+    sqlx::query(AssertSqlSafe(grant))
+        .execute(connection)
+        .await
+        .context("let logistics act as commerce")?;
     Ok(())
 }
 

@@ -7,6 +7,9 @@ pub mod place;
 /// The processes of a pair, to be started, stopped and killed.
 pub mod pair;
 
+/// The switch between the outbox and the synchronous path.
+pub mod flag;
+
 /// REST calls that end in a definite answer, whatever happens to the server meanwhile.
 pub mod client;
 

@@ -48,6 +48,9 @@ pub mod handler;
 /// One batch, one transaction: claim, held keys, apply, take back what was not applied, hold, park, commit.
 mod process;
 
+/// Events that take effect in the transaction that causes them, and whose records then find them done.
+pub mod synchronous;
+
 /// Whose turn it is, and what becomes of a batch when one of its events fails; pure.
 pub mod ordering;
 
@@ -104,4 +107,5 @@ pub use rate_limit::{Budget, Rate, RateLimits};
 pub use rebuild::{Rebuild, RebuildError};
 pub use retry::Schedule;
 pub use status::Status;
+pub use synchronous::Synchronous;
 pub use table::{Remembered, Table};

@@ -21,9 +21,11 @@ use uuid::Uuid;
 use crate::{
     announce::{self, Occasion},
     fault::{self, Fault},
+    flag::Mode,
     group_commit::{self, Queue, Waiting},
     idempotency::{Answer, IdempotencyKey},
     shipment::{Command, Decision, NewShipment, Refusal, Shipment},
+    switch::Switch,
     tables::{
         idempotency_keys::{self, Gate},
         shipments::{self, Locked},
@@ -114,6 +116,16 @@ pub enum ChangeError {
     Broken(&'static str),
 }
 
+impl ChangeError {
+    /// Whether this service has failed; the rest is the client's.
+    fn is_failure(&self) -> bool {
+        matches!(
+            self,
+            Self::Fault(_) | Self::OutcomeUnknown(_) | Self::Encode(_) | Self::Broken(_)
+        )
+    }
+}
+
 impl From<sqlx::Error> for ChangeError {
     fn from(error: sqlx::Error) -> Self {
         Self::Fault(Fault::from(error))
@@ -145,6 +157,7 @@ pub(crate) struct Shared {
     pool: PgPool,
     outbox: Outbox,
     hints: Hints,
+    pub(crate) switch: Switch,
     clock: fn() -> OffsetDateTime,
     pub(crate) units: TaskTracker,
     permits: Arc<Semaphore>,
@@ -155,12 +168,13 @@ pub(crate) struct Shared {
 
 impl ChangeShipments {
     /// To be called within the runtime that is to do the work.
-    pub fn new(pool: PgPool, outbox: Outbox, hints: Hints, clock: fn() -> OffsetDateTime) -> Self {
+    pub fn new(pool: PgPool, outbox: Outbox, hints: Hints, switch: Switch, clock: fn() -> OffsetDateTime) -> Self {
         let meter = opentelemetry::global::meter("logistics");
         let shared = Shared {
             pool,
             outbox,
             hints,
+            switch,
             clock,
             units: TaskTracker::new(),
             permits: Arc::new(Semaphore::new(MAX_UNITS)),
@@ -197,15 +211,21 @@ impl ChangeShipments {
             return Err(ChangeError::Overloaded);
         };
         let (waiting, reply) = Waiting::new(request, permit);
-        if waiting.request.change().is_some() {
+        // Nobody is to wait for commerce with somebody else's request.
+        let together = self.shared.switch.of_all().is_none_or(|mode| mode == Mode::Outbox);
+        if together && waiting.request.change().is_some() {
             self.queue.join(waiting);
         } else {
             self.shared.clone().alone(waiting);
         }
         // Without an answer it has panicked, which was logged there.
-        reply
+        let reply = reply
             .await
-            .unwrap_or(Err(ChangeError::Broken("the unit of work panicked")))
+            .unwrap_or(Err(ChangeError::Broken("the unit of work panicked")));
+        self.shared
+            .switch
+            .asked(reply.as_ref().is_err_and(ChangeError::is_failure));
+        reply
     }
 
     /// Requests that wait for a transaction to take them.
@@ -298,7 +318,9 @@ impl Shared {
         let span = waiting.span.clone();
         let units = self.units.clone();
         let unit = async move {
+            let place = self.switch.place().await;
             let reply = self.attempt_repeatedly(&waiting.request).await;
+            drop(place);
             waiting.answer(reply);
         };
         units.spawn(unit.instrument(span));
@@ -347,7 +369,10 @@ impl Shared {
         for place in open {
             let request = requests[place];
             let Some(change) = request.change() else { continue };
-            if !decisions.locked.contains_key(&change.id) {
+            let Some(shipment) = decisions.locked.get(&change.id) else {
+                continue;
+            };
+            if self.switch.mode_of(&shipment.order_id) != Mode::Outbox {
                 continue;
             }
             let outcome = decisions.decide(change, &self.occasion(request.traceparent.clone()))?;
@@ -481,6 +506,8 @@ impl Shared {
         if let Some(key) = &request.key {
             idempotency_keys::keep(tx, &[(key, &answer)]).await?;
         }
+        // Last: commerce's rows are locked for the shortest time.
+        self.switch.take_effect(tx, &events).await?;
         Ok(Ending::Commit(answer, events))
     }
 

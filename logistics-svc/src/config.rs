@@ -52,6 +52,8 @@ pub struct ServeSettings {
     #[command(flatten)]
     pub events: EventSettings,
     #[command(flatten)]
+    pub switch: SwitchSettings,
+    #[command(flatten)]
     pub source: RelaySourceSettings,
     #[command(flatten)]
     pub kafka: KafkaSettings,
@@ -133,6 +135,14 @@ pub struct EventSettings {
     /// above the topic's `max.message.bytes` lets events in that the broker refuses for ever.
     #[arg(long, env = "MAX_EVENT_BYTES", default_value = "1000000", value_parser = clap::value_parser!(u32).range(1_000..=1_048_576))]
     pub max_event_bytes: u32,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct SwitchSettings {
+    /// Commerce's consumer group, whose inbox the synchronous path writes to (modes `legacy` and `shadow` of the flag). Another
+    /// name than commerce's own lets every event of that path take effect a second time.
+    #[arg(long, env = "COMMERCE_GROUP", default_value = shared_events::topics::COMMERCE_GROUP)]
+    pub commerce_group: String,
 }
 
 /// How events come from the outbox to Kafka.

@@ -4,6 +4,7 @@
 //! POST /v1/shipments/{id}/complete
 //!   http        limits, key, JSON → command; errors → problems
 //!   change      one transaction: key → lock → decide → update → append → keep the answer → commit
+//!     switch    which way its effect goes: by the outbox alone, or commerce's part in the same transaction
 //!   relay       outbox → Kafka, in this process or another
 //! ```
 //!
@@ -23,6 +24,22 @@ mod group_commit;
 
 /// The domain, pure: states and commands, an event or a refusal.
 pub mod shipment;
+
+/// The flag: which way the effect of an order's events goes; pure.
+pub mod flag;
+
+/// The flag as this process runs it, looked at four times a second.
+pub mod switch;
+
+/// A value of the flag in steps, taken back by itself when a condition is met.
+mod rollout;
+
+/// Commerce's part of a change, in the same transaction: the old path, behind the feature `legacy`.
+#[cfg(feature = "legacy")]
+mod legacy;
+#[cfg(not(feature = "legacy"))]
+#[path = "without_legacy.rs"]
+mod legacy;
 
 /// From a domain event to the outbox: envelope, ids, trace.
 pub mod announce;

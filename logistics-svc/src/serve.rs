@@ -5,7 +5,7 @@ use axum::Router;
 use outbox::{Hints, Operator, Outbox, Relay};
 use service_runtime::{
     auth::AuthSettings,
-    database,
+    database::{self, PoolSettings},
     health::{self, Health},
     http::{self, HttpSettings},
     kafka::KafkaSettings,
@@ -20,17 +20,23 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     change_shipments::ChangeShipments,
-    config::{DatabaseSettings, EventSettings, ListenSettings, RelaySettings, RelaySourceSettings, ServeSettings},
+    config::{
+        DatabaseSettings, EventSettings, ListenSettings, RelaySettings, RelaySourceSettings, ServeSettings,
+        SwitchSettings,
+    },
     find_shipments::FindShipments,
     forget_answers,
-    http::{Admin, Api},
+    http::{Admin, Api, FlagAdmin},
     relay::{self, Publishing, SOURCE},
     schema::{MIGRATOR, SCHEMA},
+    switch::Switch,
 };
 
 /// Nothing was done: the configuration is wrong, or the schema is behind.
 pub const CONFIGURATION_ERROR: u8 = 2;
 
+/// Of the flag: to follow it, to compare, to roll out, and for who looks at it. Requests neither wait for them nor hold them up.
+const FLAG_CONNECTIONS: u32 = 4;
 /// Connections that are still busy when everything else has ended.
 const POOL_CLOSE_DEADLINE: Duration = Duration::from_secs(1);
 
@@ -44,7 +50,7 @@ pub struct Roles {
     pub auth: AuthSettings,
     pub source: RelaySourceSettings,
     pub kafka: KafkaSettings,
-    pub api: Option<EventSettings>,
+    pub api: Option<(EventSettings, SwitchSettings)>,
     pub relay: bool,
 }
 
@@ -80,7 +86,9 @@ async fn serve(roles: Roles, telemetry: Telemetry) -> ExitCode {
         tracing::warn!("connections to the database are still in use");
     }
     match ended {
-        _ if started.schema.is_behind() => ExitCode::from(CONFIGURATION_ERROR),
+        _ if started.schema.is_behind() || started.switch.is_some_and(|switch| switch.is_refused()) => {
+            ExitCode::from(CONFIGURATION_ERROR)
+        }
         Ok(code) => code,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "the process failed");
@@ -91,6 +99,7 @@ async fn serve(roles: Roles, telemetry: Telemetry) -> ExitCode {
 
 struct Started {
     supervisor: Supervisor,
+    switch: Option<Switch>,
     pool: PgPool,
     schema: Arc<SchemaCheck>,
 }
@@ -118,7 +127,32 @@ async fn start(roles: Roles, telemetry: Telemetry) -> anyhow::Result<Started> {
     let operations = health(&roles, &probe, &schema, relay.as_ref())
         .routes()
         .merge(http::metrics_routes(telemetry));
-    let changes = roles.api.as_ref().map(|events| {
+    let flag_pool = database::pool(
+        "logistics-flag",
+        url,
+        &PoolSettings {
+            database_max_connections: FLAG_CONNECTIONS,
+            ..roles.database.pool.clone()
+        },
+    )
+    .context("LOGISTICS_DATABASE_URL")?;
+    let switch = match &roles.api {
+        Some((_, settings)) => {
+            let connections = roles.database.pool.database_max_connections;
+            let switch = Switch::new(address.to_string(), &settings.commerce_group, connections)?;
+            let (schema, stop) = (schema.clone(), stop.clone());
+            let (flag, pool) = (switch.clone(), flag_pool.clone());
+            supervisor.spawn("flag", async move {
+                if schema.is_current(&stop).await {
+                    flag.run(pool, stop).await?;
+                }
+                Ok(())
+            });
+            Some(switch)
+        }
+        None => None,
+    };
+    let changes = roles.api.as_ref().zip(switch.clone()).map(|((events, _), switch)| {
         let outbox = Outbox::new(SCHEMA, SOURCE, events.max_event_bytes as usize);
         let hints = match (publishing.after_commit(), &relay) {
             (Some((publisher, hints)), _) => {
@@ -132,7 +166,7 @@ async fn start(roles: Roles, telemetry: Telemetry) -> anyhow::Result<Started> {
             (None, Some(relay)) => Hints::to_relay(relay.wake()),
             (None, None) => Hints::default(),
         };
-        ChangeShipments::new(pool.clone(), outbox, hints, OffsetDateTime::now_utc)
+        ChangeShipments::new(pool.clone(), outbox, hints, switch, OffsetDateTime::now_utc)
     });
     let admin = Admin {
         // Counting a large outbox takes long: neither requests nor health checks wait for it.
@@ -142,18 +176,23 @@ async fn start(roles: Roles, telemetry: Telemetry) -> anyhow::Result<Started> {
         ),
         relay: relay.as_ref().map(Relay::status),
         mode: roles.source.relay_mode,
-        grants,
+        grants: grants.clone(),
     };
-    let app = match &changes {
-        Some(changes) => {
+    let app = match (&changes, &switch) {
+        (Some(changes), Some(switch)) => {
             supervisor.spawn("forget-answers", forget_answers::run(pool.clone(), stop.clone()));
             let api = Api {
                 changes: changes.clone(),
                 shipments: FindShipments::new(pool.clone()),
+                flag: FlagAdmin {
+                    pool: flag_pool,
+                    switch: switch.clone(),
+                    grants,
+                },
             };
             crate::http::app(Some(api), admin, operations, &roles.http)
         }
-        None => crate::http::app(None, admin, operations, &roles.http),
+        _ => crate::http::app(None, admin, operations, &roles.http),
     };
     if let Some(relay) = relay {
         let (schema, stop) = (schema.clone(), stop.clone());
@@ -168,6 +207,7 @@ async fn start(roles: Roles, telemetry: Telemetry) -> anyhow::Result<Started> {
     supervisor.spawn("http", serve_http(listener, app, roles.http, changes, stop));
     Ok(Started {
         supervisor,
+        switch,
         pool,
         schema,
     })
@@ -228,7 +268,7 @@ impl Roles {
             auth: settings.auth,
             source: settings.source,
             kafka: settings.kafka,
-            api: Some(settings.events),
+            api: Some((settings.events, settings.switch)),
             relay,
         }
     }

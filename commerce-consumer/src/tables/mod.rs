@@ -4,6 +4,8 @@
 
 use inbox::Row;
 use serde_json::{Map, Value};
+use sqlx::{PgConnection, PgExecutor};
+use uuid::Uuid;
 
 pub mod orders;
 
@@ -29,4 +31,56 @@ fn as_rows(table: &'static str, key: &[&str], found: Vec<String>) -> Result<Vec<
         })
     };
     found.into_iter().map(row).collect()
+}
+
+/// Whose rows are meant.
+#[derive(Debug, Clone, Copy)]
+pub struct RowsOfEvent<'a> {
+    pub order_id: &'a str,
+    pub shipment_id: &'a str,
+    pub event_id: Uuid,
+    pub skus: &'a [String],
+}
+
+/// Every row that an event concerns, with its table, as they stand in one snapshot; without the times at which they were
+/// written and the numbers that were drawn for them. Locks nothing.
+///
+/// # Errors
+/// Any database error.
+pub async fn rows_of_event(
+    connection: &mut PgConnection,
+    of: &RowsOfEvent<'_>,
+) -> Result<Vec<(String, Map<String, Value>)>, sqlx::Error> {
+    let rows: Vec<(String, String)> = sqlx::query_as(concat!(
+        "SELECT table_name, columns::text FROM (",
+        include_str!("rows_of_event.sql"),
+        ") AS r"
+    ))
+    .bind(of.order_id)
+    .bind(of.shipment_id)
+    .bind(of.event_id)
+    .bind(of.skus)
+    .fetch_all(connection)
+    .await?;
+    let row = |(table, columns): (String, String)| {
+        let columns = serde_json::from_str(&columns).map_err(|error| sqlx::Error::Decode(error.into()))?;
+        Ok((table, columns))
+    };
+    rows.into_iter().map(row).collect()
+}
+
+/// Whether the consumer has an inbox row for the event.
+///
+/// # Errors
+/// Any database error.
+pub async fn has_taken_effect(
+    executor: impl PgExecutor<'_>,
+    consumer: &str,
+    event_id: Uuid,
+) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT EXISTS (SELECT FROM commerce.inbox WHERE consumer = $1 AND event_id = $2)")
+        .bind(consumer)
+        .bind(event_id)
+        .fetch_one(executor)
+        .await
 }

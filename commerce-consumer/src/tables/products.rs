@@ -6,6 +6,22 @@ use time::OffsetDateTime;
 
 use crate::shipment::StockChange;
 
+/// What several events add to a product's pieces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StockChanges {
+    pub sellable: i64,
+    pub committed: i64,
+    pub events: i64,
+}
+
+impl StockChanges {
+    pub fn add(&mut self, change: StockChange) {
+        self.sellable += change.sellable;
+        self.committed += change.committed;
+        self.events += 1;
+    }
+}
+
 /// Adds to the stock of these products. The last statements before the commit: every batch wants these rows.
 ///
 /// The locks are a statement of their own, in the order of the skus whatever plan is chosen. In one statement with the
@@ -17,7 +33,7 @@ use crate::shipment::StockChange;
 /// Any database error; the transaction is then of no use.
 pub async fn add(
     transaction: &mut PgTransaction<'_>,
-    changes: &BTreeMap<String, StockChange>,
+    changes: &BTreeMap<String, StockChanges>,
 ) -> Result<(), sqlx::Error> {
     let skus: Vec<&str> = changes.keys().map(String::as_str).collect();
     sqlx::query("SELECT FROM commerce.products WHERE sku = ANY($1) ORDER BY sku FOR NO KEY UPDATE")
@@ -28,6 +44,7 @@ pub async fn add(
         .bind(&skus)
         .bind(changes.values().map(|change| change.sellable).collect::<Vec<i64>>())
         .bind(changes.values().map(|change| change.committed).collect::<Vec<i64>>())
+        .bind(changes.values().map(|change| change.events).collect::<Vec<i64>>())
         .execute(&mut **transaction)
         .await?;
     Ok(())

@@ -135,6 +135,17 @@ pub async fn ids_of_order(executor: impl sqlx::PgExecutor<'_>, order_id: &str) -
         .await
 }
 
+/// How many events of an order's shipments have taken effect or were passed over.
+///
+/// # Errors
+/// Any database error.
+pub async fn events_of_order(executor: impl sqlx::PgExecutor<'_>, order_id: &str) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("SELECT coalesce(sum(sequence), 0)::bigint FROM commerce.shipments WHERE order_id = $1")
+        .bind(order_id)
+        .fetch_one(executor)
+        .await
+}
+
 /// How many events have taken effect or were passed over: each moved one shipment's sequence by one.
 ///
 /// # Errors

@@ -8,6 +8,7 @@ mod crash_points;
 mod debezium;
 mod documents;
 mod faults;
+mod flag;
 mod latency;
 mod northwind;
 mod outages;

@@ -28,34 +28,8 @@ async fn the_northwind_sample_arrives_line_by_line() -> anyhow::Result<()> {
     let consumer = Running::start(&place, Role::Consumer(0), &[]).await?;
     let client = Client::new(&api.url(""), PATIENCE)?;
 
+    ship(&client, &dir).await?;
     let sample = northwind::load(&dir)?;
-    let mut to_complete = Vec::new();
-    for orders in sample.orders.chunks(100) {
-        let shipments: Vec<_> = orders
-            .iter()
-            .map(|order| {
-                let lines: Vec<_> = sample
-                    .lines
-                    .iter()
-                    .filter(|line| line.order_id == order.id)
-                    .map(|line| json!({"sku": line.product_id.to_string(), "quantity": line.quantity}))
-                    .collect();
-                json!({"order_id": order.id.to_string(), "warehouse": "main", "carrier": order.carrier, "lines": lines})
-            })
-            .collect();
-        let answer = client
-            .post("/v1/shipments/batch", &json!({"shipments": shipments}))
-            .await?;
-        let items = answer["items"].as_array().context("no items")?;
-        for (order, item) in orders.iter().zip(items) {
-            if order.shipped_date.is_some() {
-                to_complete.push(item["id"].clone());
-            }
-        }
-    }
-    client
-        .post("/v1/shipments/complete", &json!({"ids": to_complete}))
-        .await?;
     ledger::quiet(&owner, PATIENCE).await?;
 
     let ledger = ledger::check(&place, &owner, &[]).await?;
@@ -119,6 +93,39 @@ async fn the_northwind_sample_arrives_line_by_line() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Creates a shipment for each order of the sample, and completes those that were shipped.
+pub(crate) async fn ship(client: &Client, dir: &Path) -> anyhow::Result<()> {
+    let sample = northwind::load(dir)?;
+    let mut to_complete = Vec::new();
+    for orders in sample.orders.chunks(100) {
+        let shipments: Vec<_> = orders
+            .iter()
+            .map(|order| {
+                let lines: Vec<_> = sample
+                    .lines
+                    .iter()
+                    .filter(|line| line.order_id == order.id)
+                    .map(|line| json!({"sku": line.product_id.to_string(), "quantity": line.quantity}))
+                    .collect();
+                json!({"order_id": order.id.to_string(), "warehouse": "main", "carrier": order.carrier, "lines": lines})
+            })
+            .collect();
+        let answer = client
+            .post("/v1/shipments/batch", &json!({"shipments": shipments}))
+            .await?;
+        let items = answer["items"].as_array().context("no items")?;
+        for (order, item) in orders.iter().zip(items) {
+            if order.shipped_date.is_some() {
+                to_complete.push(item["id"].clone());
+            }
+        }
+    }
+    client
+        .post("/v1/shipments/complete", &json!({"ids": to_complete}))
+        .await?;
+    Ok(())
+}
+
 /// A file with a broken line is refused by its place, and nothing of it is loaded.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_sample_file_is_refused_by_file_line_and_column() -> anyhow::Result<()> {
@@ -154,7 +161,7 @@ fn spawn_import(place: &Place, dir: &Path) -> anyhow::Result<Service> {
     Service::spawn(&binary("commerce-consumer")?, &["import", dir], &env)
 }
 
-async fn import(place: &Place, dir: &Path) -> anyhow::Result<()> {
+pub(crate) async fn import(place: &Place, dir: &Path) -> anyhow::Result<()> {
     let mut import = spawn_import(place, dir)?;
     let status = import.wait(PATIENCE).await?;
     anyhow::ensure!(status.success(), "{status}: {}", import.log()?);

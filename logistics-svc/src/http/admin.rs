@@ -318,7 +318,7 @@ fn instant(pointer: &str, value: &str) -> Result<OffsetDateTime, Problem> {
         .map_err(|_| Problem::invalid_field(pointer, "is not a time such as 2026-11-22T05:00:00Z"))
 }
 
-fn text(time: OffsetDateTime) -> Result<String, Problem> {
+pub(super) fn text(time: OffsetDateTime) -> Result<String, Problem> {
     format_timestamp(time).map_err(|error| {
         tracing::error!(%error, "a time cannot be written");
         Problem::new(
@@ -328,6 +328,6 @@ fn text(time: OffsetDateTime) -> Result<String, Problem> {
     })
 }
 
-fn database(error: sqlx::Error) -> Problem {
+pub(super) fn database(error: sqlx::Error) -> Problem {
     read_fault(Fault::from(error))
 }

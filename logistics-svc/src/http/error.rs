@@ -5,7 +5,9 @@ use shared_events::envelope::InvalidField;
 use crate::{change_shipments::ChangeError, fault::Fault, shipment::Refusal};
 
 /// The problems of this service beside the common ones.
-pub static KINDS: [&Kind; 7] = [
+pub static KINDS: [&Kind; 9] = [
+    &FLAG_UNAVAILABLE,
+    &ROLLOUT_RUNS,
     &EVENT_NOT_FOUND,
     &SHIPMENT_NOT_FOUND,
     &WRONG_STATUS,
@@ -15,6 +17,18 @@ pub static KINDS: [&Kind; 7] = [
     &OUTCOME_UNKNOWN,
 ];
 
+pub static FLAG_UNAVAILABLE: Kind = Kind {
+    code: "flag-unavailable",
+    status: StatusCode::CONFLICT,
+    title: "This value of the flag cannot be run here",
+    help: "`legacy` and `shadow` need both schemas in one database, and the right to act as commerce. The detail names what is missing. Nothing was changed.",
+};
+pub static ROLLOUT_RUNS: Kind = Kind {
+    code: "rollout-runs",
+    status: StatusCode::CONFLICT,
+    title: "A roll-out runs already",
+    help: "One runs at a time. `GET /admin/flag/rollout` shows it; setting the flag ends it.",
+};
 pub static SHIPMENT_NOT_FOUND: Kind = Kind {
     code: "shipment-not-found",
     status: StatusCode::NOT_FOUND,

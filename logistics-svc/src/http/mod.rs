@@ -35,13 +35,18 @@ mod shipments;
 /// The routes of the outbox and its relay, for operators.
 mod admin;
 
+/// The routes of the flag, its roll-outs, and of what shadow mode found.
+mod flag;
+
 pub use admin::Admin;
+pub use flag::FlagAdmin;
 
 /// What the handlers work with.
 #[derive(Debug, Clone)]
 pub struct Api {
     pub changes: ChangeShipments,
     pub shipments: FindShipments,
+    pub flag: FlagAdmin,
 }
 
 #[derive(OpenApi)]
@@ -73,6 +78,12 @@ fn routes(api: Option<Api>, admin: Admin) -> (Router, Specification) {
     let Some(api) = api else {
         return document.split_for_parts();
     };
+    let flag = OpenApiRouter::new()
+        .routes(routes!(flag::read, flag::set))
+        .routes(routes!(flag::history))
+        .routes(routes!(flag::roll_out, flag::roll_outs))
+        .routes(routes!(flag::compared))
+        .with_state(api.flag.clone());
     let shipments = OpenApiRouter::new()
         .routes(routes!(shipments::list, shipments::create))
         .routes(routes!(shipments::create_many))
@@ -84,7 +95,7 @@ fn routes(api: Option<Api>, admin: Admin) -> (Router, Specification) {
         .routes(routes!(shipments::cancel))
         .routes(routes!(shipments::take_back))
         .with_state(api);
-    document.merge(shipments).split_for_parts()
+    document.merge(flag).merge(shipments).split_for_parts()
 }
 
 /// The whole HTTP interface; a process that only relays has no `api`. `operations` are the routes of health and metrics.

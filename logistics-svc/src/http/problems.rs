@@ -10,7 +10,8 @@ use utoipa::{
 };
 
 use super::error::{
-    KEY_IN_PROGRESS, KEY_REUSED, OTHER_TRACKING_NUMBER, OUTCOME_UNKNOWN, SHIPMENT_NOT_FOUND, WRONG_STATUS,
+    FLAG_UNAVAILABLE, KEY_IN_PROGRESS, KEY_REUSED, OTHER_TRACKING_NUMBER, OUTCOME_UNKNOWN, ROLLOUT_RUNS,
+    SHIPMENT_NOT_FOUND, WRONG_STATUS,
 };
 
 static READ: [&Kind; 5] = [
@@ -46,6 +47,8 @@ static OPERATE: [&Kind; 9] = [
 ];
 static CHANGE_ONE: [&Kind; 3] = [&SHIPMENT_NOT_FOUND, &WRONG_STATUS, &OTHER_TRACKING_NUMBER];
 
+/// Of every operation that changes the flag.
+pub(super) struct FlagProblems;
 /// Of every operation that reads.
 pub(super) struct ReadProblems;
 /// Of every operation that changes something.
@@ -67,6 +70,13 @@ impl IntoResponses for LookProblems {
 impl IntoResponses for OperateProblems {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
         describe(&OPERATE)
+    }
+}
+
+impl IntoResponses for FlagProblems {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        let kinds: Vec<&Kind> = OPERATE.into_iter().chain([&FLAG_UNAVAILABLE, &ROLLOUT_RUNS]).collect();
+        describe(&kinds)
     }
 }
 

@@ -11,6 +11,7 @@ mod admin;
 mod atomicity;
 mod bulk;
 mod concurrency;
+mod flag;
 mod hang_up;
 mod idempotency;
 mod process;

@@ -15,8 +15,9 @@ use logistics_svc::{
     change_shipments::ChangeShipments,
     config::RelayMode,
     find_shipments::FindShipments,
-    http::{self, Admin, Api},
+    http::{self, Admin, Api, FlagAdmin},
     schema::{MIGRATOR, SCHEMA},
+    switch::Switch,
 };
 use outbox::{Hints, Operator, Outbox};
 use serde_json::{Value, json};
@@ -27,18 +28,22 @@ use service_runtime::{
     schema,
     settings::Secret,
 };
+use shared_events::topics::COMMERCE_GROUP;
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use time::OffsetDateTime;
 use tower::ServiceExt;
 
 pub(crate) const VIEWER_TOKEN: &str = "a-token-that-may-look";
 pub(crate) const OPERATOR_TOKEN: &str = "a-token-that-may-act";
+pub(crate) const ADMIN_TOKEN: &str = "a-token-that-may-switch";
 pub(crate) const MAX_EVENT_BYTES: usize = 40_000;
 
 /// The service in this process, on a database of its own.
 pub(crate) struct TestService {
     pub(crate) app: Router,
     pub(crate) changes: ChangeShipments,
+    /// Follows no flag until a test runs it.
+    pub(crate) switch: Switch,
     /// As the service's own role.
     pub(crate) pool: PgPool,
     /// As the superuser, to look at what is committed.
@@ -130,26 +135,41 @@ impl TestService {
             .await
             .context("connect as the owner")?;
         let outbox = Outbox::new(SCHEMA, "logistics", MAX_EVENT_BYTES);
-        let changes = ChangeShipments::new(pool.clone(), outbox, Hints::default(), OffsetDateTime::now_utc);
+        let switch = Switch::new("here".to_owned(), COMMERCE_GROUP, 8)?;
+        let changes = ChangeShipments::new(
+            pool.clone(),
+            outbox,
+            Hints::default(),
+            switch.clone(),
+            OffsetDateTime::now_utc,
+        );
+        let grants = AuthSettings {
+            admin_tokens: vec![
+                format!("vic:viewer:{VIEWER_TOKEN}").parse()?,
+                format!("ann:operator:{OPERATOR_TOKEN}").parse()?,
+                format!("eve:admin:{ADMIN_TOKEN}").parse()?,
+            ],
+        }
+        .grants()?;
         let api = Api {
             changes: changes.clone(),
             shipments: FindShipments::new(pool.clone()),
+            flag: FlagAdmin {
+                pool: pool.clone(),
+                switch: switch.clone(),
+                grants: grants.clone(),
+            },
         };
         let admin = Admin {
             operator: Operator::new(SCHEMA, pool.clone()),
             relay: None,
             mode: RelayMode::Auto,
-            grants: AuthSettings {
-                admin_tokens: vec![
-                    format!("vic:viewer:{VIEWER_TOKEN}").parse()?,
-                    format!("ann:operator:{OPERATOR_TOKEN}").parse()?,
-                ],
-            }
-            .grants()?,
+            grants,
         };
         Ok(Self {
             app: http::app(Some(api), admin, Router::new(), &http_settings()),
             changes,
+            switch,
             pool,
             owner,
             database,

@@ -1,0 +1,170 @@
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+
+use crate::{
+    flag::{Flag, Mode, Share},
+    switch::Switch,
+    tables::{
+        flag_instances,
+        flag_rollouts::{self, Rollout},
+        flag_values, shadow,
+    },
+};
+
+/// Who sets the flag on the way.
+const BY: &str = "roll-out";
+/// Commerce may be locked: then that is what is to be known.
+const ASK_WITHIN: &str = "SET LOCAL statement_timeout = '1s'";
+/// A ratio of fewer requests says nothing.
+const FEWEST_REQUESTS: i64 = 20;
+
+/// One look at the roll-out that runs, by one process at a time: a condition that is met takes the flag back, a step that has
+/// soaked is followed by the next. All in one transaction, so a crash leaves the step as it was, and the next process looks.
+///
+/// # Errors
+/// Any database error; nothing has changed then.
+pub(crate) async fn advance(pool: &PgPool, switch: &Switch) -> Result<(), sqlx::Error> {
+    let mut tx = pool.begin().await?;
+    let Some(rollout) = flag_rollouts::lock_running(&mut tx).await? else {
+        return tx.rollback().await;
+    };
+    let flag = flag_values::in_force(&mut *tx).await?;
+    let expected = rollout.version.unwrap_or(rollout.safe_version);
+    if flag.version != expected {
+        let because = format!("the flag was set to version {} by somebody else", flag.version);
+        flag_rollouts::end(&mut tx, rollout.id, "superseded", &because).await?;
+        tracing::warn!(rollout = rollout.id, because, "the roll-out has ended");
+        return tx.commit().await;
+    }
+    if rollout.step == 0 {
+        begin(&mut tx, &rollout, switch).await?;
+    } else if let Some(because) = condition(&mut tx, &rollout, switch).await? {
+        take_back(&mut tx, &rollout, &because).await?;
+    } else if has_soaked(&rollout) {
+        proceed(&mut tx, &rollout).await?;
+    }
+    tx.commit().await
+}
+
+async fn begin(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) -> Result<(), sqlx::Error> {
+    let counts = flag_instances::requests_and_failures(&mut *tx).await?;
+    let dead_letters = match switch.unable() {
+        None => switch.legacy().commerce_health(tx, &[]).await?.0,
+        Some(_) => 0,
+    };
+    flag_rollouts::note_counts(tx, rollout.id, counts, dead_letters).await?;
+    step(tx, rollout, rollout.safe_version).await
+}
+
+/// The step has soaked: it is safe, and the next one begins, or there is none.
+async fn proceed(tx: &mut PgConnection, rollout: &Rollout) -> Result<(), sqlx::Error> {
+    if rollout.step as usize >= rollout.steps.len() {
+        flag_rollouts::end(tx, rollout.id, "done", "every step has soaked").await?;
+        tracing::info!(rollout = rollout.id, "the roll-out is done");
+        return Ok(());
+    }
+    step(tx, rollout, rollout.version.unwrap_or(rollout.safe_version)).await
+}
+
+async fn step(tx: &mut PgConnection, rollout: &Rollout, safe_version: i64) -> Result<(), sqlx::Error> {
+    let steps = rollout.steps.len();
+    let share = rollout.steps.get(rollout.step as usize).copied();
+    let value = share.and_then(Share::from_hundredths);
+    let (Some(share), Some(mode), Some(rest)) = (value, Mode::from_name(&rollout.mode), Mode::from_name(&rollout.rest))
+    else {
+        // Of a newer release, perhaps.
+        return flag_rollouts::end(
+            tx,
+            rollout.id,
+            "superseded",
+            "its next step is not one that this release knows",
+        )
+        .await;
+    };
+    let reason = format!("step {} of {steps} of roll-out {}", rollout.step + 1, rollout.id);
+    let flag = Flag {
+        version: 0,
+        mode,
+        rest,
+        share,
+    };
+    let flag = flag_values::add(tx, flag, (BY, &reason), Some(rollout.id)).await?;
+    tracing::info!(
+        rollout = rollout.id,
+        percent = share.percent(),
+        version = flag.version,
+        reason,
+        "the roll-out goes on"
+    );
+    flag_rollouts::note_step(tx, rollout.id, flag.version, safe_version).await
+}
+
+async fn take_back(tx: &mut PgConnection, rollout: &Rollout, because: &str) -> Result<(), sqlx::Error> {
+    let safe = flag_values::of_version(&mut *tx, rollout.safe_version).await?;
+    let reason = format!("roll-out {} is taken back: {because}", rollout.id);
+    let flag = flag_values::add(tx, safe, (BY, &reason), Some(rollout.id)).await?;
+    flag_rollouts::end(tx, rollout.id, "returned", because).await?;
+    tracing::warn!(
+        rollout = rollout.id,
+        because,
+        version = flag.version,
+        mode = flag.mode.name(),
+        percent = flag.share.percent(),
+        "the roll-out is taken back"
+    );
+    Ok(())
+}
+
+fn has_soaked(rollout: &Rollout) -> bool {
+    let soaked = |began: OffsetDateTime| (OffsetDateTime::now_utc() - began).as_seconds_f64() >= rollout.soak_seconds;
+    rollout.step_began_at.is_some_and(soaked)
+}
+
+/// The stop condition that is met, in words.
+async fn condition(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) -> Result<Option<String>, sqlx::Error> {
+    if let Some(most) = rollout.most_mismatches {
+        let found = shadow::found_since(&mut *tx, rollout.started_at, most + 1).await?;
+        if found > most {
+            return Ok(Some(format!("shadow mode found more than {most} mismatches")));
+        }
+    }
+    if let Some(most) = rollout.most_error_ratio {
+        let (requests, failures) = flag_instances::requests_and_failures(&mut *tx).await?;
+        let requests = requests - rollout.requests_before.unwrap_or(0);
+        let failures = failures - rollout.failures_before.unwrap_or(0);
+        if requests >= FEWEST_REQUESTS && failures as f64 / requests as f64 > most {
+            return Ok(Some(format!(
+                "{failures} of {requests} requests failed, more than {most} of them"
+            )));
+        }
+    }
+    if rollout.most_lag_seconds.is_none() && rollout.most_dead_letters.is_none() {
+        return Ok(None);
+    }
+    if let Some(unable) = switch.unable() {
+        return Ok(Some(format!("commerce cannot be looked at: {unable}")));
+    }
+    let old = match rollout.most_lag_seconds {
+        Some(seconds) => flag_rollouts::events_older_than(&mut *tx, seconds).await?,
+        None => Vec::new(),
+    };
+    // What fails in it must not take the rest of this transaction with it.
+    let mut savepoint = sqlx::Connection::begin(&mut *tx).await?;
+    sqlx::raw_sql(ASK_WITHIN).execute(&mut *savepoint).await?;
+    let health = switch.legacy().commerce_health(&mut savepoint, &old).await;
+    savepoint.rollback().await?;
+    let (dead_letters, lags) = match health {
+        Ok(health) => health,
+        Err(error) => return Ok(Some(format!("commerce cannot be looked at: {error}"))),
+    };
+    if let (Some(most), true) = (rollout.most_lag_seconds, lags) {
+        return Ok(Some(format!("commerce lags by more than {most} s")));
+    }
+    if let Some(most) = rollout.most_dead_letters {
+        let new = dead_letters - rollout.dead_letters_before.unwrap_or(0);
+        if new > most {
+            return Ok(Some(format!("{new} new dead letters, more than {most}")));
+        }
+    }
+    Ok(None)
+}
