@@ -121,13 +121,27 @@ pub async fn run_in_bulk(
     rate: i64,
     stop: Arc<AtomicBool>,
 ) -> anyhow::Result<Vec<Promise>> {
+    run_in_bulk_from(client, 1..=orders, batch, rate, stop).await
+}
+
+/// The same with the orders of a range.
+///
+/// # Errors
+/// The first answer that a client must not get.
+pub async fn run_in_bulk_from(
+    client: &Client,
+    orders: std::ops::RangeInclusive<i64>,
+    batch: i64,
+    rate: i64,
+    stop: Arc<AtomicBool>,
+) -> anyhow::Result<Vec<Promise>> {
     let mut calls = JoinSet::new();
     let mut promises = Vec::new();
     let mut due = tokio::time::interval(Duration::from_secs(1) * u32::try_from(batch)? / u32::try_from(rate)?);
     // After an outage at the same rate: the backlog is the relay's, not the client's.
     due.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut first = 1;
-    while !stop.load(Ordering::Acquire) && first + batch <= orders + 1 {
+    let mut first = *orders.start();
+    while !stop.load(Ordering::Acquire) && first + batch <= orders.end() + 1 {
         due.tick().await;
         while calls.len() >= CALLS_AT_ONCE {
             if let Some(finished) = calls.join_next().await {

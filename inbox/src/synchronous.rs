@@ -2,7 +2,6 @@ use std::{borrow::Cow, sync::Arc};
 
 use shared_events::Envelope;
 use sqlx::PgTransaction;
-use uuid::Uuid;
 
 use crate::{
     handler::{Handler, HandlerError, IncomingEvent, Outcome, Position, Reason},
@@ -56,11 +55,12 @@ impl<H: Handler> Synchronous<H> {
         if going.is_empty() {
             return Ok(events.iter().map(|_| behind()).collect());
         }
-        self.table.claim(transaction, &going).await?;
         let answers = self.handler.apply(transaction, &going).await?;
-        let left = going.iter().zip(&answers).filter(|(_, answer)| !has_effect(answer));
-        let left: Vec<Uuid> = left.map(|(event, _)| event.envelope.id).collect();
-        self.table.release(transaction, &left).await?;
+        // After the effect, unlike in the engine: nobody else has these events yet, and their rows then stand in the order in
+        // which they took effect.
+        let done = going.iter().zip(&answers).filter(|(_, answer)| has_effect(answer));
+        let done: Vec<IncomingEvent> = done.map(|(event, _)| event.clone()).collect();
+        self.table.claim(transaction, &done).await?;
         let mut answers = answers.into_iter();
         let outcome = |goes: &bool| goes.then(|| answers.next()).flatten().unwrap_or_else(behind);
         Ok(goes.iter().map(outcome).collect())

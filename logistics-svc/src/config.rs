@@ -6,6 +6,8 @@ use service_runtime::{
     supervise::ProcessSettings,
 };
 
+use crate::cli::FlagCommand;
+
 const EXAMPLES: &str = "\
 Examples:
   LOGISTICS_DATABASE_URL=postgres://logistics_svc:…@db/shop logistics-svc all
@@ -36,6 +38,8 @@ pub enum Command {
     All(ServeSettings),
     /// Apply the missing migrations and end.
     Migrate(MigrateSettings),
+    /// Look at the flag between outbox and synchronous path, set it, roll a value out.
+    Flag(FlagCommand),
     /// Print the settings in force, or their reference.
     Config(ConfigCommand),
 }

@@ -62,6 +62,9 @@ pub mod schema;
 /// Deletes kept answers when their day is over.
 pub mod forget_answers;
 
+/// The flag by command line.
+pub mod cli;
+
 /// Every setting, with its meaning, unit and default.
 pub mod config;
 

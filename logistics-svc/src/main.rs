@@ -1,4 +1,4 @@
-//! Subcommands: `api`, `relay` or `all` serve; `migrate` and `config` do one thing and end.
+//! Subcommands: `api`, `relay` or `all` serve; `migrate`, `flag` and `config` do one thing and end.
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -8,6 +8,7 @@
 use std::process::ExitCode;
 
 use logistics_svc::{
+    cli,
     config::{Cli, Command, ConfigOutput, MigrateSettings},
     schema::{MIGRATOR, SCHEMA},
     serve::{self, CONFIGURATION_ERROR, Roles},
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         Command::Relay(settings) => serve(Roles::relaying(settings)),
         Command::All(settings) => serve(Roles::serving(settings, true)),
         Command::Migrate(settings) => migrate(&settings),
+        Command::Flag(command) => cli::run(&command),
         Command::Config(command) => show(command.what, &effective),
     }
 }

@@ -1,5 +1,8 @@
+use std::time::Duration;
+
 use axum::http::Method;
 use serde_json::{Value, json};
+use tokio::{task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::service::{ADMIN_TOKEN, Answer, OPERATOR_TOKEN, TestService, request};
@@ -13,6 +16,21 @@ async fn ask(service: &TestService, method: Method, path: &str, token: Option<&s
 
 async fn set(service: &TestService, body: Value) -> Answer {
     ask(service, Method::PUT, "/admin/flag", Some(ADMIN_TOKEN), body).await
+}
+
+/// The flag is followed from now on, until the returned token is cancelled.
+async fn follow(service: &TestService) -> (CancellationToken, JoinHandle<anyhow::Result<()>>) {
+    let (stop, switch, pool) = (CancellationToken::new(), service.switch.clone(), service.pool.clone());
+    let following = tokio::spawn({
+        let stop = stop.clone();
+        async move { switch.run(pool, stop).await }
+    });
+    let end = Instant::now() + Duration::from_secs(30);
+    while service.get("/admin/flag").await.expect(200)["instances"] == json!([]) {
+        assert!(Instant::now() < end, "it is no instance");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    (stop, following)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -37,11 +55,7 @@ async fn before_anybody_sets_it_everything_goes_by_the_outbox() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_value_is_kept_with_who_set_it_when_and_why() {
     let service = TestService::start().await;
-    let (stop, switch, pool) = (CancellationToken::new(), service.switch.clone(), service.pool.clone());
-    let following = tokio::spawn({
-        let stop = stop.clone();
-        async move { switch.run(pool, stop).await }
-    });
+    let (stop, following) = follow(&service).await;
     for number in 1..=3 {
         let reason = format!("drill {number}");
         let view = set(&service, json!({"mode": "outbox", "reason": reason}))
@@ -154,14 +168,7 @@ async fn wrong_values_name_the_field_and_leave_nothing_behind() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_synchronous_path_is_refused_where_commerce_is_not() {
     let service = TestService::start().await;
-    let (stop, switch, pool) = (CancellationToken::new(), service.switch.clone(), service.pool.clone());
-    let following = tokio::spawn({
-        let stop = stop.clone();
-        async move { switch.run(pool, stop).await }
-    });
-    set(&service, json!({"mode": "outbox", "reason": "to have looked"}))
-        .await
-        .expect(200);
+    let (stop, following) = follow(&service).await;
     for mode in ["legacy", "shadow"] {
         let problem = set(&service, json!({"mode": mode, "reason": "drill"}))
             .await
