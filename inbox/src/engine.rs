@@ -322,6 +322,7 @@ impl<H: Handler> Engine<H> {
             flood: Arc::clone(&flood),
             metrics: Arc::clone(&metrics),
             status: status.clone(),
+            admitted: Mutex::default(),
         };
         let workers = Arc::new(Workers {
             process,

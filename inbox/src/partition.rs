@@ -259,6 +259,10 @@ impl<H: Handler> Workers<H> {
                 }
                 Err(error) => error,
             };
+            // Halving a large batch takes long, and a stop would wait for all of it; what has committed is a duplicate then.
+            if lane.cancel.is_cancelled() {
+                return Err(Cancelled);
+            }
             if part.len() > 1 {
                 tracing::debug!(topic = &*lane.topic, partition = lane.partition, events = part.len(), %error, "halved");
                 parts.extend(halves(&part));

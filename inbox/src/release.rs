@@ -1,7 +1,7 @@
 use std::{
     collections::HashSet,
     ops::Range,
-    sync::{Arc, atomic},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic},
     time::Duration,
 };
 
@@ -56,6 +56,8 @@ pub(crate) struct Releaser<H> {
     pub(crate) flood: Arc<Flood>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) status: Status,
+    /// Dead letters that the flood limit has let through and whose record has not left: each counts once.
+    pub(crate) admitted: Mutex<HashSet<Uuid>>,
 }
 
 /// A parked event, as far as it could be read again.
@@ -196,13 +198,22 @@ impl<H: Handler> Releaser<H> {
 
     /// Counts what is held, and says whether any of it may go.
     async fn look(&self) -> Result<bool, BatchError> {
-        let counts = self.process.table.held_counts(&self.process.pool).await;
-        let counts = counts.map_err(BatchError::Inbox)?;
+        let counts = self.process.table.held_counts(&self.process.pool);
+        let counts = self.answered(counts).await?;
         let parked = counts.iter().map(|(_, _, parked)| *parked).sum();
         self.process.parked.store(parked, atomic::Ordering::Relaxed);
         let releasing = counts.iter().any(|(state, _, _)| *state == KeyState::Releasing);
         self.status.holds(counts);
         Ok(releasing | self.step_jobs().await)
+    }
+
+    /// A server that vanished without a reset never answers.
+    async fn answered<T>(&self, asked: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, BatchError> {
+        let limit = self.process.transaction_limit;
+        match tokio::time::timeout(limit, asked).await {
+            Ok(answer) => answer.map_err(BatchError::Inbox),
+            Err(_) => Err(BatchError::TimedOut(limit)),
+        }
     }
 
     /// Lets redrives go on, except while nothing would be applied. True if there may be more to release. What fails here
@@ -248,7 +259,9 @@ impl<H: Handler> Releaser<H> {
         }];
         let mut failures = Vec::new();
         let mut found = false;
-        while let Some(mut part) = parts.pop() {
+        while !stop.is_cancelled()
+            && let Some(mut part) = parts.pop()
+        {
             match self.pass(&mut part, &left_out.keys).await {
                 Ok(Pass::Nothing) => continue,
                 Ok(Pass::Done(failed)) => failures.extend(failed),
@@ -287,8 +300,8 @@ impl<H: Handler> Releaser<H> {
             return Err(error);
         }
         tracing::warn!(aggregate_id = key.1, %error, "what is parked behind a key cannot go for now");
-        let put_back = self.process.table.put_back(&self.process.pool, key).await;
-        put_back.map_err(BatchError::Inbox)?;
+        let put_back = self.process.table.put_back(&self.process.pool, key);
+        self.answered(put_back).await?;
         left_out.keys.insert(key.clone());
         left_out.last = Some(error);
         Ok(())
@@ -522,9 +535,15 @@ impl<H: Handler> Releaser<H> {
             class: *class,
             reason: reason.clone(),
         });
+        let id = parked.event.envelope.id;
+        let counted = self.admitted().contains(&id);
+        let sign = if counted { Sign::None } else { sign };
         if self.flood.admit(std::iter::once(sign)).is_err() {
             // It stays where it is, and is tried again when the stop is over.
             return Ok(());
+        }
+        if sign == Sign::Died {
+            self.admitted().insert(id);
         }
         if left_out.away {
             return Err(BatchError::Undelivered("the brokers are away".to_owned()));
@@ -552,6 +571,7 @@ impl<H: Handler> Releaser<H> {
             }
             return Err(BatchError::Undelivered(error.to_string()));
         }
+        self.admitted().remove(&id);
         crash_point::RELEASE_ACKNOWLEDGED.reached();
         let mut connection = self.process.pool.acquire().await.map_err(BatchError::Begin)?;
         let limit = self.process.transaction_limit;
@@ -562,6 +582,10 @@ impl<H: Handler> Releaser<H> {
                 Err(BatchError::TimedOut(limit))
             }
         }
+    }
+
+    fn admitted(&self) -> MutexGuard<'_, HashSet<Uuid>> {
+        self.admitted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn note_sent(&self, connection: &mut PgConnection, failure: &Failure, key: &Key) -> Result<(), BatchError> {

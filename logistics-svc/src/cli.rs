@@ -195,7 +195,7 @@ async fn ask(common: &Common, method: Method, path: &str, body: Option<Value>) -
             1
         },
         what: format!("{} did not answer", common.url),
-        why: std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string),
+        why: deepest(error),
         hint: "is the service up, and is it there? --url or LOGISTICS_ADMIN_URL says where; `flag show` says what is in force",
     };
     let response = request.send().await.map_err(|error| unanswered(&error))?;
@@ -205,6 +205,11 @@ async fn ask(common: &Common, method: Method, path: &str, body: Option<Value>) -
         return Ok(view);
     }
     Err(refused(status, &view))
+}
+
+/// The cause that the others were made from.
+fn deepest(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), deepest)
 }
 
 fn refused(status: StatusCode, problem: &Value) -> Failure {

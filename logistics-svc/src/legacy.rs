@@ -9,7 +9,7 @@ use commerce_consumer::{
     comparison::{self, Comparison, Expected},
     schema::SCHEMA,
 };
-use inbox::{HandlerError, Outcome, Synchronous, Table, UnknownTypes};
+use inbox::{HandlerError, Outcome, Synchronous, Table, UnknownTypes, synchronous::WITHOUT_RECORD};
 use opentelemetry::{KeyValue, metrics::Counter};
 use outbox::NewEvent;
 use shared_events::{Envelope, shipment::ShipmentEvent};
@@ -232,7 +232,8 @@ impl Legacy {
         Ok(settled.len())
     }
 
-    /// Dead letters of commerce, and whether it has applied none of these events.
+    /// Dead letters of commerce, and whether it waits for its records: of these events, the newest first, it has none of those that
+    /// neither took effect synchronously nor wait for a person or an earlier event.
     ///
     /// # Errors
     /// Any database error.
@@ -242,15 +243,12 @@ impl Legacy {
         events: &[Uuid],
     ) -> Result<(i64, bool), sqlx::Error> {
         sqlx::raw_sql(AS_COMMERCE).execute(&mut *connection).await?;
-        let health = sqlx::query_as(
-            "SELECT (SELECT count(*) FROM commerce.dead_letters WHERE consumer = $1),
-                    cardinality($2::uuid[]) > 0
-                    AND NOT EXISTS (SELECT FROM commerce.inbox WHERE consumer = $1 AND event_id = ANY($2))",
-        )
-        .bind(&self.group)
-        .bind(events)
-        .fetch_one(&mut *connection)
-        .await?;
+        let health = sqlx::query_as(include_str!("tables/commerce_health.sql"))
+            .bind(&self.group)
+            .bind(events)
+            .bind(WITHOUT_RECORD)
+            .fetch_one(&mut *connection)
+            .await?;
         sqlx::raw_sql(AS_LOGISTICS).execute(&mut *connection).await?;
         Ok(health)
     }

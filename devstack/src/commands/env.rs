@@ -26,6 +26,15 @@ pub(crate) fn run(args: &EnvArgs) -> anyhow::Result<Exit> {
     };
     let mut variables = services::variables(&state)?;
     variables.push((testing::TEST_DATABASE_URL, state.maintenance_url()?));
+    // For the operators' commands.
+    for (listen, admin) in [
+        ("LOGISTICS_LISTEN", "LOGISTICS_ADMIN_URL"),
+        ("COMMERCE_LISTEN", "COMMERCE_ADMIN_URL"),
+    ] {
+        let address = variables.iter().find(|(name, _)| *name == listen);
+        let address = address.map(|(_, address)| format!("http://{address}"));
+        variables.extend(address.map(|address| (admin, address)));
+    }
     // For `curl -H "Authorization: Bearer $ADMIN_TOKEN"`.
     variables.push(("ADMIN_TOKEN", state.admin_token.clone()));
     variables.push((testing::ROLE_PASSWORD, state.role_password.clone()));

@@ -156,14 +156,14 @@ pub async fn end(connection: &mut PgConnection, id: i64, state: &str, because: &
     Ok(())
 }
 
-/// The last events that are older than this: if commerce has none of them, it lags by more.
+/// The last events that are older than this, the newest first: what commerce may have of them says whether it lags by more.
 ///
 /// # Errors
 /// Any database error.
 pub async fn events_older_than(executor: impl PgExecutor<'_>, seconds: f64) -> Result<Vec<Uuid>, sqlx::Error> {
     sqlx::query_scalar(
         "SELECT id FROM logistics.outbox
-          WHERE id < logistics.outbox_id_floor(now() - make_interval(secs => $1)) ORDER BY id DESC LIMIT 10",
+          WHERE id < logistics.outbox_id_floor(now() - make_interval(secs => $1)) ORDER BY id DESC LIMIT 1000",
     )
     .bind(seconds)
     .fetch_all(executor)
