@@ -221,6 +221,8 @@ pub(super) async fn set(
     }
     check_ability(&admin, &flag)?;
     let mut tx = admin.pool.begin().await.map_err(database)?;
+    let because = format!("{} set the flag to {}", caller.name, flag.mode.name());
+    flag_rollouts::supersede(&mut tx, &because).await.map_err(database)?;
     let set = flag_values::add(&mut tx, flag, (&caller.name, &asked.reason), None).await;
     let set = set.map_err(database)?;
     tx.commit().await.map_err(database)?;

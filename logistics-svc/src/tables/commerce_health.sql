@@ -7,7 +7,7 @@ WITH newest AS (
        AND NOT EXISTS (SELECT FROM commerce.parked_events AS p WHERE p.consumer = $1 AND p.event_id = asked.id)
        AND NOT EXISTS (SELECT FROM commerce.dead_letters AS d WHERE d.consumer = $1 AND d.id = asked.id)
      ORDER BY asked.place
-     LIMIT 10
+     LIMIT 3
 )
 SELECT (SELECT count(*) FROM commerce.dead_letters WHERE consumer = $1),
        coalesce((SELECT bool_and(NOT has_taken_effect) FROM newest), false)

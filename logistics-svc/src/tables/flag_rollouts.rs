@@ -156,6 +156,21 @@ pub async fn end(connection: &mut PgConnection, id: i64, state: &str, because: &
     Ok(())
 }
 
+/// Ends the one that runs, if one does: somebody sets the flag. Before the value is added, as a step does it: the row first.
+///
+/// # Errors
+/// Any database error; the transaction is then of no use.
+pub async fn supersede(connection: &mut PgConnection, because: &str) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "UPDATE logistics.flag_rollouts
+            SET state = 'superseded', ended_because = $1, ended_at = clock_timestamp() WHERE state = 'running'",
+    )
+    .bind(because)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
 /// The last events that are older than this, the newest first: what commerce may have of them says whether it lags by more.
 ///
 /// # Errors
