@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use anyhow::Context;
 use outbox::{AfterCommit, Hints, Lifecycle, Mode, Relay, RelayState, WalBudget};
 use service_runtime::{database, health::Readiness, kafka::KafkaSettings};
@@ -10,6 +12,9 @@ use crate::{
 
 /// `ce_source` of this service's events.
 pub const SOURCE: &str = "logistics";
+
+/// Three times what the news of a stall takes, and half of what an operator would need to act on it.
+const SILENT_AFTER: Duration = Duration::from_secs(30);
 
 /// What this service's publishers work with: its outbox table, its slot, its topic.
 pub struct Publishing {
@@ -63,6 +68,7 @@ impl Publishing {
             max_in_flight: source.relay_max_in_flight as usize,
             max_in_flight_bytes: source.relay_max_in_flight_bytes as usize,
             linger: source.relay_linger,
+            silent_after: SILENT_AFTER,
             poll_interval: source.relay_poll_interval,
             sweep_after: source.relay_sweep_after,
             confirm_group: source.relay_confirm_group.clone(),

@@ -222,6 +222,7 @@ impl AfterCommit {
             marks: true,
             slot: None,
             rereads: false,
+            silent_after: self.settings.silent_after,
         };
         let (settings, kafka) = (self.settings.clone(), self.kafka.clone());
         let (table, pool, metrics) = (self.table.clone(), self.pool.clone(), self.metrics.clone());

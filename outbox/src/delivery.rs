@@ -40,6 +40,10 @@ pub(crate) enum DeliveryError {
     Mark(#[source] sqlx::Error),
     #[error("a row that the broker refuses could not be set aside")]
     SetAside(#[source] sqlx::Error),
+    /// Either the brokers are away, and the next session says so; or this client has lost its way to them, as librdkafka has
+    /// been seen to do after a broker's restart, and a new one finds it.
+    #[error("the broker has acknowledged nothing for {0:.0?}; a new producer is tried")]
+    Silent(Duration),
     /// A producer whose batch was refused cannot go on.
     #[error("a row was refused; the producer begins anew")]
     Renew,
@@ -81,6 +85,8 @@ pub(crate) struct Records {
     pub(crate) slot: Option<SlotIdentity>,
     /// Whether the source reads the table again while rows are on their way, and so must know them.
     pub(crate) rereads: bool,
+    /// How long the oldest event may wait for the broker.
+    pub(crate) silent_after: Duration,
 }
 
 /// Publishes events and, once the broker has acknowledged them without a gap, marks their rows.
@@ -335,6 +341,11 @@ impl Delivery {
     /// Waits until a position has become safe, or something else has changed that is worth a look. Safe to cancel.
     pub(crate) async fn progress(&mut self) -> Result<(), DeliveryError> {
         self.collect()?;
+        let waiting = self.publisher.waiting();
+        let patience = self.records.silent_after.saturating_sub(waiting);
+        if patience.is_zero() {
+            return Err(DeliveryError::Silent(waiting));
+        }
         let due = match (self.unmarked.is_empty(), self.position) {
             (false, _) => Some(self.last_write + MARK_INTERVAL),
             (true, Some(_)) if self.publisher.is_idle() => Some(self.last_write + IDLE_INTERVAL),
@@ -364,7 +375,10 @@ impl Delivery {
                 () = self.publisher.changed() => {}
             }
         } else {
-            self.publisher.changed().await;
+            tokio::select! {
+                () = tokio::time::sleep(patience) => {}
+                () = self.publisher.changed() => {}
+            }
         }
         Ok(())
     }

@@ -30,14 +30,14 @@ const BATCH: i64 = 5;
 const PERCENT: [f64; 5] = [100.0, 50.0, 10.0, 1.0, 0.0];
 
 /// G8: the mode of all orders, or of a share of them, is changed at random while orders ship, consumers lag, and processes are
-/// killed. By default 24 changes; in the full run 200.
+/// killed. By default 16 changes; in the full run 200.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn g8_the_flag_may_change_at_any_moment_in_any_direction() -> anyhow::Result<()> {
     let full = std::env::var_os("E2E_FULL").is_some();
     let (changes, clients, rate, orders) = if full {
         (200, 8, 300, 200_000)
     } else {
-        (24, 6, 50, 20_000)
+        (16, 6, 50, 20_000)
     };
     let mut random = Random::new();
     println!("E2E_SEED={}", random.seed());
@@ -650,7 +650,7 @@ async fn both_paths_leave_the_same_rows() -> anyhow::Result<()> {
 async fn scenario(mode: &str) -> anyhow::Result<Vec<Vec<String>>> {
     let place = Place::shared().await?;
     let owner = place.owner_pool()?;
-    workload::prepare_orders(&owner, 60).await?;
+    workload::prepare_orders(&owner, 30).await?;
     let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../samples/northwind");
     crate::northwind::import(&place, &dir).await?;
     let api = Running::start(&place, Role::ApiAndRelay, &[ADMIN]).await?;
@@ -661,7 +661,7 @@ async fn scenario(mode: &str) -> anyhow::Result<Vec<Vec<String>>> {
 
     crate::northwind::ship(&client, &dir).await?;
     // One client, so that both paths see the same requests in the same order.
-    workload::run(&client, 60, 1, Arc::default()).await?;
+    workload::run(&client, 30, 1, Arc::default()).await?;
     // Nobody ordered it; more than was ordered; and behind that one, a change of the same shipment.
     for (order, quantity) in [("none", 1), ("10248", 100_000)] {
         let body = json!({"order_id": order, "warehouse": "main", "carrier": "Speedy",

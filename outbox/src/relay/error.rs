@@ -76,7 +76,7 @@ fn delivery_error_lasts(error: &DeliveryError) -> bool {
     match error {
         DeliveryError::Publish(error) => publish_error_lasts(error),
         DeliveryError::Mark(error) | DeliveryError::SetAside(error) => table_error_lasts(error),
-        DeliveryError::Renew => false,
+        DeliveryError::Renew | DeliveryError::Silent(_) => false,
     }
 }
 

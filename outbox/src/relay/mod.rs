@@ -126,6 +126,8 @@ pub struct RelaySettings {
     pub max_in_flight_bytes: usize,
     /// How long the producer waits to fill a batch.
     pub linger: Duration,
+    /// How long the oldest event may wait for the broker before a new producer is tried.
+    pub silent_after: Duration,
     /// Longest pause of an idle poll.
     pub poll_interval: Duration,
     /// Rows unsent for longer, although their source should have brought them, are sent from the table.

@@ -24,6 +24,7 @@ impl Relay {
             marks: true,
             slot: None,
             rereads: true,
+            silent_after: self.settings.silent_after,
         };
         let mut delivery = self.delivery(publisher, records).await?;
         let ended = async {

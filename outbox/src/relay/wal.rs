@@ -56,6 +56,7 @@ impl Relay {
             marks: self.marks(),
             slot: Some(origin.identity.clone()),
             rereads: false,
+            silent_after: self.settings.silent_after,
         };
         let mut delivery = self.delivery(publisher, records).await?;
         let ended = tokio::select! {

@@ -1,4 +1,7 @@
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use devstack::testing::{PrivateKafka, TestServers};
 use outbox::{Mode, RelayState};
@@ -137,6 +140,38 @@ async fn a_crash_while_the_broker_is_away_loses_nothing() -> anyhow::Result<()> 
             "{mode:?}"
         );
         stage.all_marked().await?;
+        relay.stop().await?;
+    }
+    Ok(())
+}
+
+/// Whether the brokers are away or the client has lost its way to them cannot be told apart from here: a new producer finds out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_producer_that_hears_nothing_is_replaced() -> anyhow::Result<()> {
+    for mode in [Mode::Wal, Mode::Poll] {
+        let mut kafka = PrivateKafka::start().await?;
+        let stage = Stage::on(TestServers::from_env()?, kafka.brokers()).await?;
+        let relay = stage
+            .start_relay_with(|settings| {
+                settings.mode = mode;
+                settings.silent_after = Duration::from_secs(1);
+            })
+            .await?;
+        stage.commit(&[Stage::event("k", 1)]).await?;
+        stage.all_marked().await?;
+        kafka.kill()?;
+        stage.commit(&[Stage::event("k", 2)]).await?;
+        wait_for("the producer to be given up", async || {
+            let state = relay.status.get().0;
+            Ok(matches!(state, RelayState::Failing { reason } if reason.contains("acknowledged nothing")))
+        })
+        .await?;
+        kafka.start_again().await?;
+        stage.all_marked().await?;
+        let records = stage
+            .read_until(|records| first_seen(&sequences(records, "k")).len() == 2)
+            .await?;
+        assert_eq!(first_seen(&sequences(&records, "k")), [1, 2]);
         relay.stop().await?;
     }
     Ok(())

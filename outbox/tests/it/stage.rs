@@ -147,6 +147,7 @@ impl Stage {
             max_in_flight: 1_000,
             max_in_flight_bytes: 8 << 20,
             linger: Duration::ZERO,
+            silent_after: Duration::from_secs(30),
         };
         change(&mut settings);
         let pool = PgPoolOptions::new()
