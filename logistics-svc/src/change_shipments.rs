@@ -118,7 +118,7 @@ pub enum ChangeError {
 
 impl ChangeError {
     /// Whether this service has failed; the rest is the client's.
-    fn is_failure(&self) -> bool {
+    pub(crate) fn is_failure(&self) -> bool {
         matches!(
             self,
             Self::Fault(_) | Self::OutcomeUnknown(_) | Self::Encode(_) | Self::Broken(_)
@@ -208,9 +208,10 @@ impl ChangeShipments {
     /// [`ChangeError`]; it has been logged if it is not the client's.
     pub async fn execute(&self, request: Request) -> Result<Reply, ChangeError> {
         let Ok(permit) = self.shared.permits.clone().try_acquire_owned() else {
+            self.shared.switch.asked(true);
             return Err(ChangeError::Overloaded);
         };
-        let (waiting, reply) = Waiting::new(request, permit);
+        let (waiting, reply) = Waiting::new(request, permit, self.shared.switch.clone());
         // Nobody is to wait for commerce with somebody else's request.
         let together = self.shared.switch.of_all().is_none_or(|mode| mode == Mode::Outbox);
         if together && waiting.request.change().is_some() {
@@ -219,13 +220,9 @@ impl ChangeShipments {
             self.shared.clone().alone(waiting);
         }
         // Without an answer it has panicked, which was logged there.
-        let reply = reply
-            .await
-            .unwrap_or(Err(ChangeError::Broken("the unit of work panicked")));
-        self.shared
-            .switch
-            .asked(reply.as_ref().is_err_and(ChangeError::is_failure));
         reply
+            .await
+            .unwrap_or(Err(ChangeError::Broken("the unit of work panicked")))
     }
 
     /// Requests that wait for a transaction to take them.
@@ -318,12 +315,33 @@ impl Shared {
         let span = waiting.span.clone();
         let units = self.units.clone();
         let unit = async move {
-            let place = self.switch.place().await;
-            let reply = self.attempt_repeatedly(&waiting.request).await;
-            drop(place);
+            let reply = self.in_its_place(&waiting.request).await;
             waiting.answer(reply);
         };
         units.spawn(unit.instrument(span));
+    }
+
+    /// While some orders may wait for commerce and others must not, those that may do not take all connections.
+    async fn in_its_place(&self, request: &Request) -> Result<Reply, ChangeError> {
+        let _place = if self.switch.of_all().is_none() && self.may_wait_for_commerce(request).await? {
+            let place = self.switch.place().await;
+            Some(place.ok_or(ChangeError::Fault(Fault::Unavailable(sqlx::Error::PoolTimedOut)))?)
+        } else {
+            None
+        };
+        self.attempt_repeatedly(request).await
+    }
+
+    async fn may_wait_for_commerce(&self, request: &Request) -> Result<bool, ChangeError> {
+        let by_outbox = |order_id: &str| self.switch.mode_of(order_id) == Mode::Outbox;
+        Ok(match &request.work {
+            Work::Create(new) => !new.iter().all(|new| by_outbox(&new.order_id)),
+            Work::Change(changes) => {
+                let ids: Vec<i64> = changes.iter().map(|change| change.id).collect();
+                let orders = shipments::order_ids(&self.pool, &ids).await?;
+                !orders.iter().all(|order_id| by_outbox(order_id))
+            }
+        })
     }
 
     /// Requests with one change each in one transaction, whose replies stand at their places. `None` for those that cannot go

@@ -143,8 +143,8 @@ pub struct EventSettings {
 
 #[derive(Debug, Clone, Args)]
 pub struct SwitchSettings {
-    /// Commerce's consumer group, whose inbox the synchronous path writes to (modes `legacy` and `shadow` of the flag). Another
-    /// name than commerce's own lets every event of that path take effect a second time.
+    /// Commerce's consumer group, whose inbox the synchronous path writes to (modes `legacy` and `shadow` of the flag). With another
+    /// name than commerce's own, held keys are not seen, and neither is how far commerce is.
     #[arg(long, env = "COMMERCE_GROUP", default_value = shared_events::topics::COMMERCE_GROUP)]
     pub commerce_group: String,
 }

@@ -8,6 +8,7 @@ use tracing::{Instrument, Span};
 use crate::{
     change_shipments::{ChangeError, MAX_LINES_OF_A_CALL, MAX_UNITS, Reply, Request, Shared, log_failure},
     fault::Fault,
+    switch::Switch,
 };
 
 /// Groups under way at once: while one waits for the disk, the others lock and decide. More would only make them smaller.
@@ -21,6 +22,7 @@ pub(crate) struct Waiting {
     pub(crate) request: Request,
     pub(crate) span: Span,
     reply: oneshot::Sender<Result<Reply, ChangeError>>,
+    switch: Switch,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -36,18 +38,22 @@ impl Waiting {
     pub(crate) fn new(
         request: Request,
         permit: OwnedSemaphorePermit,
+        switch: Switch,
     ) -> (Self, oneshot::Receiver<Result<Reply, ChangeError>>) {
         let (reply, replied) = oneshot::channel();
         let waiting = Self {
             request,
             span: Span::current(),
             reply,
+            switch,
             _permit: permit,
         };
         (waiting, replied)
     }
 
     pub(crate) fn answer(self, reply: Result<Reply, ChangeError>) {
+        // Here and not where the client waits: it may have given up, and that is when it counts.
+        self.switch.asked(reply.as_ref().is_err_and(ChangeError::is_failure));
         if let Err(error) = &reply {
             self.span.in_scope(|| log_failure(error, &self.request));
         }

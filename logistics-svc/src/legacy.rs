@@ -1,13 +1,16 @@
 //! The synchronous path: commerce's own code in the transaction of the change. The one place where this service knows the other;
 //! without this file and the feature `legacy` it does not.
 
-use std::{sync::Mutex, sync::PoisonError, time::Duration};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use commerce_consumer::{
     apply_shipment::ApplyShipment,
     comparison::{self, Comparison, Expected},
-    schema::SCHEMA,
+    schema::{MIGRATOR, SCHEMA},
 };
 use inbox::{HandlerError, Outcome, Synchronous, Table, UnknownTypes, synchronous::WITHOUT_RECORD};
 use opentelemetry::{KeyValue, metrics::Counter};
@@ -21,12 +24,15 @@ use crate::tables::shadow::{self, Mismatch};
 
 /// Commerce's rights, taken for its own statements only. It ends with the transaction or the savepoint.
 const AS_COMMERCE: &str = "SET LOCAL ROLE commerce_svc";
+/// The same for a change: what is locked there fails it soon, and not the requests behind it.
+const CHANGE: &str = "SET LOCAL lock_timeout = '2s'; SET LOCAL ROLE commerce_svc";
 const AS_LOGISTICS: &str = "SET LOCAL ROLE NONE";
 /// A trial is worth no more than a moment of the request's time.
 const TRIAL: &str =
     "SET LOCAL lock_timeout = '50ms'; SET LOCAL statement_timeout = '250ms'; SET LOCAL ROLE commerce_svc";
-/// Most trials of one transaction: each is a few statements.
+/// Most trials of one transaction, each of a few statements; and how long they may take together.
 const MOST_TRIALS: usize = 20;
+const TRIALS_WITHIN: Duration = Duration::from_millis(250);
 /// Most expectations of one round.
 const ROUND: i64 = 200;
 /// What commerce has not applied after so long is not waited for any more.
@@ -76,14 +82,24 @@ impl Legacy {
         )
         .fetch_one(pool)
         .await?;
-        Ok(if !is_here {
-            Some("commerce's schema is not in the database of this service".to_owned())
-        } else if !may {
+        if !is_here {
+            return Ok(Some(
+                "commerce's schema is not in the database of this service".to_owned(),
+            ));
+        }
+        if !may {
             let needed = "GRANT commerce_svc TO logistics_svc WITH INHERIT FALSE, SET TRUE";
-            Some(format!("this service may not act as commerce_svc: {needed}"))
-        } else {
-            None
-        })
+            return Ok(Some(format!("this service may not act as commerce_svc: {needed}")));
+        }
+        let mut tx = pool.begin().await?;
+        sqlx::raw_sql(AS_COMMERCE).execute(&mut *tx).await?;
+        let there: Option<i64> = sqlx::query_scalar("SELECT max(version) FROM commerce._sqlx_migrations WHERE success")
+            .fetch_one(&mut *tx)
+            .await?;
+        tx.rollback().await?;
+        let needed = MIGRATOR.iter().map(|migration| migration.version).max();
+        Ok((there < needed)
+            .then(|| "a migration of commerce's schema is missing; run `commerce-consumer migrate`".to_owned()))
     }
 
     /// Lets events take effect in commerce with this transaction. One whose shipment has an earlier event that commerce has not
@@ -97,7 +113,7 @@ impl Legacy {
         events: &[&NewEvent],
     ) -> Result<(), sqlx::Error> {
         let envelopes: Vec<Envelope> = events.iter().map(|event| event.envelope.clone()).collect();
-        sqlx::raw_sql(AS_COMMERCE).execute(&mut **tx).await?;
+        sqlx::raw_sql(CHANGE).execute(&mut **tx).await?;
         let outcomes = self.path.take_effect(tx, &envelopes).await.map_err(database)?;
         sqlx::raw_sql(AS_LOGISTICS).execute(&mut **tx).await?;
         for outcome in outcomes {
@@ -106,19 +122,33 @@ impl Legacy {
         Ok(())
     }
 
-    /// Tries events out, keeps what they would have written, and takes it back. Whatever goes wrong there is counted, and never
-    /// the request's failure.
+    /// Tries events out, keeps what they would have written, and takes it back: each on what is committed, or the rows of one
+    /// would be expected to hold what another has only tried. Whatever goes wrong there is counted, and never the request's failure.
     ///
     /// # Errors
     /// Only those of a connection that is of no use any more.
     pub(crate) async fn try_out(&self, tx: &mut PgTransaction<'_>, events: &[&NewEvent]) -> Result<(), sqlx::Error> {
         let mut kept = Vec::new();
-        let mut savepoint = Connection::begin(&mut **tx).await?;
-        let tried = self.trials(&mut savepoint, events, &mut kept).await;
-        savepoint.rollback().await?;
-        if let Err(error) = tried {
-            tracing::debug!(%error, "the synchronous path could not be tried out");
-            self.count("shadow", "failed");
+        let end = Instant::now() + TRIALS_WITHIN;
+        for (place, event) in events.iter().enumerate() {
+            if place >= MOST_TRIALS || Instant::now() >= end {
+                self.count("shadow", "left_out");
+                continue;
+            }
+            let mut savepoint = Connection::begin(&mut **tx).await?;
+            let tried = self.trial(&mut savepoint, &event.envelope).await;
+            savepoint.rollback().await?;
+            match tried {
+                Ok(Ok(expected)) => {
+                    kept.push((event.envelope.id, event.envelope.event_type.clone(), expected));
+                    self.count("shadow", "expected");
+                }
+                Ok(Err(outcome)) => self.count("shadow", became(&outcome)),
+                Err(error) => {
+                    tracing::debug!(%error, event_id = %event.envelope.id, "the synchronous path could not be tried out");
+                    self.count("shadow", "failed");
+                }
+            }
         }
         if !kept.is_empty() {
             shadow::expect(tx, &kept).await?;
@@ -126,42 +156,31 @@ impl Legacy {
         Ok(())
     }
 
-    async fn trials(
+    /// What is expected, as it is kept; or what became of the event instead.
+    async fn trial(
         &self,
         savepoint: &mut PgTransaction<'_>,
-        events: &[&NewEvent],
-        kept: &mut Vec<(Uuid, String, String)>,
-    ) -> Result<(), sqlx::Error> {
+        envelope: &Envelope,
+    ) -> Result<Result<String, Outcome>, sqlx::Error> {
+        let Ok(known) = ShipmentEvent::from_envelope(envelope) else {
+            return Ok(Err(Outcome::Skipped));
+        };
         sqlx::raw_sql(TRIAL).execute(&mut **savepoint).await?;
-        for (place, event) in events.iter().enumerate() {
-            let envelope = &event.envelope;
-            let Ok(known) = ShipmentEvent::from_envelope(envelope) else {
-                continue;
-            };
-            if place >= MOST_TRIALS {
-                self.count("shadow", "left_out");
-                continue;
-            }
-            match comparison::expect(&self.path, savepoint, envelope, &known)
-                .await
-                .map_err(database)?
-            {
-                Ok(expected) => {
-                    let text = serde_json::to_string(&expected).map_err(|error| sqlx::Error::Encode(error.into()))?;
-                    kept.push((envelope.id, envelope.event_type.clone(), text));
-                    self.count("shadow", "expected");
-                }
-                Err(outcome) => self.count("shadow", became(&outcome)),
-            }
+        let expected = comparison::expect(&self.path, savepoint, envelope, &known).await;
+        match expected.map_err(database)? {
+            Ok(expected) => serde_json::to_string(&expected)
+                .map(Ok)
+                .map_err(|error| sqlx::Error::Encode(error.into())),
+            Err(outcome) => Ok(Err(outcome)),
         }
-        Ok(())
     }
 
-    /// One comparison cycle: holds what was expected against what the consumer has written. How many were settled.
+    /// Holds what was expected against what the consumer has written, a page of it. Whether there may be more.
     ///
     /// # Errors
     /// Any database error; nothing is noted then.
-    pub(crate) async fn compare(&self, pool: &PgPool) -> Result<usize, sqlx::Error> {
+    pub(crate) async fn compare(&self, pool: &PgPool) -> Result<bool, sqlx::Error> {
+        let expired = shadow::expire(pool, WAITS).await?;
         let mut tx = pool.begin().await?;
         let after = *self.looked_to.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = shadow::lock_after(&mut tx, after, ROUND).await?;
@@ -169,18 +188,20 @@ impl Legacy {
         let full = waiting.len() as i64 == ROUND;
         let next = waiting.last().filter(|_| full).map(|last| last.created_at);
         *self.looked_to.lock().unwrap_or_else(PoisonError::into_inner) = next.unwrap_or(OffsetDateTime::UNIX_EPOCH);
-        if waiting.is_empty() {
-            return Ok(0);
+        if waiting.is_empty() && expired == 0 {
+            return Ok(false);
         }
         let (mut settled, mut mismatches) = (Vec::new(), Vec::new());
-        let (mut compared, mut overtaken_rows, mut different, mut expired) = (0, 0, 0, 0);
-        let now = OffsetDateTime::now_utc();
+        let (mut compared, mut overtaken_rows, mut different, mut expired) = (0, 0, 0, expired);
         sqlx::raw_sql(AS_COMMERCE).execute(&mut *tx).await?;
         for expectation in waiting {
-            let expected: Expected =
-                serde_json::from_str(&expectation.expected).map_err(|error| sqlx::Error::Decode(error.into()))?;
+            let Ok(expected) = serde_json::from_str::<Expected>(&expectation.expected) else {
+                // Of another release.
+                expired += 1;
+                settled.push(expectation.event_id);
+                continue;
+            };
             match comparison::compare(&mut tx, &expected, &self.group).await? {
-                Comparison::Waits if now - expectation.created_at > WAITS => expired += 1,
                 Comparison::Waits => continue,
                 Comparison::Made {
                     overtaken, differences, ..
@@ -204,9 +225,9 @@ impl Legacy {
             settled.push(expectation.event_id);
         }
         sqlx::raw_sql(AS_LOGISTICS).execute(&mut *tx).await?;
-        if settled.is_empty() {
+        if settled.is_empty() && expired == 0 {
             tx.rollback().await?;
-            return Ok(0);
+            return Ok(full);
         }
         shadow::note(&mut tx, &mismatches).await?;
         shadow::forget(&mut tx, &settled).await?;
@@ -229,10 +250,10 @@ impl Legacy {
             let attributes = [KeyValue::new("path", "shadow"), KeyValue::new("outcome", outcome)];
             self.events.add(u64::try_from(count).unwrap_or(0), &attributes);
         }
-        Ok(settled.len())
+        Ok(full)
     }
 
-    /// Dead letters of commerce, and whether it waits for its records: of these events, the newest first, it has none of those that
+    /// Dead letters of commerce since then, and whether it waits for its records: of these events, the newest first, it has none of those that
     /// neither took effect synchronously nor wait for a person or an earlier event.
     ///
     /// # Errors
@@ -241,12 +262,14 @@ impl Legacy {
         &self,
         connection: &mut PgConnection,
         events: &[Uuid],
+        since: OffsetDateTime,
     ) -> Result<(i64, bool), sqlx::Error> {
         sqlx::raw_sql(AS_COMMERCE).execute(&mut *connection).await?;
         let health = sqlx::query_as(include_str!("tables/commerce_health.sql"))
             .bind(&self.group)
             .bind(events)
             .bind(WITHOUT_RECORD)
+            .bind(since)
             .fetch_one(&mut *connection)
             .await?;
         sqlx::raw_sql(AS_LOGISTICS).execute(&mut *connection).await?;

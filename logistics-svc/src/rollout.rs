@@ -1,5 +1,4 @@
 use sqlx::{PgConnection, PgPool};
-use time::OffsetDateTime;
 
 use crate::{
     flag::{Flag, Mode, Share},
@@ -15,6 +14,9 @@ use crate::{
 const BY: &str = "roll-out";
 /// Commerce may be locked: then that is what is to be known.
 const ASK_WITHIN: &str = "SET LOCAL statement_timeout = '1s'";
+/// Of the table.
+const LONGEST_REASON: usize = 500;
+const SET_BY_ANOTHER: &str = "the flag was set by somebody else";
 /// A ratio of fewer requests says nothing.
 const FEWEST_REQUESTS: i64 = 20;
 
@@ -29,31 +31,28 @@ pub(crate) async fn advance(pool: &PgPool, switch: &Switch) -> Result<(), sqlx::
         return tx.rollback().await;
     };
     let flag = flag_values::in_force(&mut *tx).await?;
-    let expected = rollout.version.unwrap_or(rollout.safe_version);
-    if flag.version != expected {
-        let because = format!("the flag was set to version {} by somebody else", flag.version);
-        flag_rollouts::end(&mut tx, rollout.id, "superseded", &because).await?;
-        tracing::warn!(rollout = rollout.id, because, "the roll-out has ended");
+    if flag.version != in_force(&rollout) {
+        flag_rollouts::end(&mut tx, rollout.id, "superseded", SET_BY_ANOTHER).await?;
+        tracing::warn!(
+            rollout = rollout.id,
+            version = flag.version,
+            "the roll-out has ended, {SET_BY_ANOTHER}"
+        );
         return tx.commit().await;
     }
     if rollout.step == 0 {
-        begin(&mut tx, &rollout, switch).await?;
+        step(&mut tx, &rollout, rollout.safe_version).await?;
     } else if let Some(because) = condition(&mut tx, &rollout, switch).await? {
         take_back(&mut tx, &rollout, &because).await?;
-    } else if has_soaked(&rollout) {
+    } else if has_soaked(&mut tx, &rollout).await? {
         proceed(&mut tx, &rollout).await?;
     }
     tx.commit().await
 }
 
-async fn begin(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) -> Result<(), sqlx::Error> {
-    let counts = flag_instances::requests_and_failures(&mut *tx).await?;
-    let dead_letters = match switch.unable() {
-        None => switch.legacy().commerce_health(tx, &[]).await?.0,
-        Some(_) => 0,
-    };
-    flag_rollouts::note_counts(tx, rollout.id, counts, dead_letters).await?;
-    step(tx, rollout, rollout.safe_version).await
+/// The version that stands while nobody else sets the flag.
+fn in_force(rollout: &Rollout) -> i64 {
+    rollout.version.unwrap_or(rollout.safe_version)
 }
 
 /// The step has soaked: it is safe, and the next one begins, or there is none.
@@ -88,7 +87,9 @@ async fn step(tx: &mut PgConnection, rollout: &Rollout, safe_version: i64) -> Re
         rest,
         share,
     };
-    let flag = flag_values::add(tx, flag, (BY, &reason), Some(rollout.id)).await?;
+    let Some(flag) = flag_values::add(tx, flag, (BY, &reason), Some(rollout.id), Some(in_force(rollout))).await? else {
+        return flag_rollouts::end(tx, rollout.id, "superseded", SET_BY_ANOTHER).await;
+    };
     tracing::info!(
         rollout = rollout.id,
         percent = share.percent(),
@@ -96,13 +97,19 @@ async fn step(tx: &mut PgConnection, rollout: &Rollout, safe_version: i64) -> Re
         reason,
         "the roll-out goes on"
     );
-    flag_rollouts::note_step(tx, rollout.id, flag.version, safe_version).await
+    let counts = flag_instances::requests_and_failures(&mut *tx).await?;
+    let compared = shadow::compared(&mut *tx).await?;
+    flag_rollouts::note_step(tx, rollout.id, (flag.version, safe_version), counts, compared).await
 }
 
 async fn take_back(tx: &mut PgConnection, rollout: &Rollout, because: &str) -> Result<(), sqlx::Error> {
     let safe = flag_values::of_version(&mut *tx, rollout.safe_version).await?;
-    let reason = format!("roll-out {} is taken back: {because}", rollout.id);
-    let flag = flag_values::add(tx, safe, (BY, &reason), Some(rollout.id)).await?;
+    let mut reason = format!("roll-out {} is taken back: {because}", rollout.id);
+    // It may quote the server, at any length; all of it stands with the roll-out.
+    reason.truncate(reason.floor_char_boundary(LONGEST_REASON));
+    let Some(flag) = flag_values::add(tx, safe, (BY, &reason), Some(rollout.id), Some(in_force(rollout))).await? else {
+        return flag_rollouts::end(tx, rollout.id, "superseded", SET_BY_ANOTHER).await;
+    };
     flag_rollouts::end(tx, rollout.id, "returned", because).await?;
     tracing::warn!(
         rollout = rollout.id,
@@ -115,9 +122,18 @@ async fn take_back(tx: &mut PgConnection, rollout: &Rollout, because: &str) -> R
     Ok(())
 }
 
-fn has_soaked(rollout: &Rollout) -> bool {
-    let soaked = |began: OffsetDateTime| (OffsetDateTime::now_utc() - began).as_seconds_f64() >= rollout.soak_seconds;
-    rollout.step_began_at.is_some_and(soaked)
+/// Where mismatches count, something must have been compared: nothing found in nothing proves nothing.
+async fn has_soaked(tx: &mut PgConnection, rollout: &Rollout) -> Result<bool, sqlx::Error> {
+    if rollout.step_age_seconds.is_none_or(|age| age < rollout.soak_seconds) {
+        return Ok(false);
+    }
+    let has_shadow = [&rollout.mode, &rollout.rest]
+        .iter()
+        .any(|mode| *mode == Mode::Shadow.name());
+    if rollout.most_mismatches.is_none() || !has_shadow {
+        return Ok(true);
+    }
+    Ok(shadow::compared(tx).await? > rollout.compared_before.unwrap_or(0))
 }
 
 /// The stop condition that is met, in words.
@@ -142,7 +158,10 @@ async fn condition(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) ->
         return Ok(None);
     }
     if let Some(unable) = switch.unable() {
-        return Ok(Some(format!("commerce cannot be looked at: {unable}")));
+        // Of several instances, those that can look decide.
+        let instances = flag_instances::list(&mut *tx).await?;
+        let others_can = instances.iter().any(|instance| instance.unable.is_none());
+        return Ok((!others_can).then(|| format!("commerce cannot be looked at: {unable}")));
     }
     let old = match rollout.most_lag_seconds {
         Some(seconds) => flag_rollouts::events_older_than(&mut *tx, seconds).await?,
@@ -151,7 +170,10 @@ async fn condition(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) ->
     // What fails in it must not take the rest of this transaction with it.
     let mut savepoint = sqlx::Connection::begin(&mut *tx).await?;
     sqlx::raw_sql(ASK_WITHIN).execute(&mut *savepoint).await?;
-    let health = switch.legacy().commerce_health(&mut savepoint, &old).await;
+    let health = switch
+        .legacy()
+        .commerce_health(&mut savepoint, &old, rollout.started_at)
+        .await;
     savepoint.rollback().await?;
     let (dead_letters, lags) = match health {
         Ok(health) => health,
@@ -161,9 +183,8 @@ async fn condition(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) ->
         return Ok(Some(format!("commerce lags by more than {most} s")));
     }
     if let Some(most) = rollout.most_dead_letters {
-        let new = dead_letters - rollout.dead_letters_before.unwrap_or(0);
-        if new > most {
-            return Ok(Some(format!("{new} new dead letters, more than {most}")));
+        if dead_letters > most {
+            return Ok(Some(format!("{dead_letters} new dead letters, more than {most}")));
         }
     }
     Ok(None)

@@ -35,7 +35,7 @@ use crate::{
 /// Nothing was done: the configuration is wrong, or the schema is behind.
 pub const CONFIGURATION_ERROR: u8 = 2;
 
-/// Of the flag: to follow it, to compare, to roll out, and for who looks at it. Requests neither wait for them nor hold them up.
+/// Of the flag: to compare, to roll out, and for who looks at it. Requests neither wait for them nor hold them up.
 const FLAG_CONNECTIONS: u32 = 4;
 /// Connections that are still busy when everything else has ended.
 const POOL_CLOSE_DEADLINE: Duration = Duration::from_secs(1);
@@ -142,9 +142,11 @@ async fn start(roles: Roles, telemetry: Telemetry) -> anyhow::Result<Started> {
             let switch = Switch::new(address.to_string(), &settings.commerce_group, connections)?;
             let (schema, stop) = (schema.clone(), stop.clone());
             let (flag, pool) = (switch.clone(), flag_pool.clone());
+            let own =
+                database::single_pool("logistics-flag", url, &roles.database.pool).context("LOGISTICS_DATABASE_URL")?;
             supervisor.spawn("flag", async move {
                 if schema.is_current(&stop).await {
-                    flag.run(pool, stop).await?;
+                    flag.run(own, pool, stop).await?;
                 }
                 Ok(())
             });

@@ -28,12 +28,15 @@ use crate::{
 
 /// How often the flag is looked at: a change is in force everywhere within a second.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// As long as a request waits for a connection by default.
+const PLACE_WITHIN: Duration = Duration::from_secs(2);
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 const COMPARE_INTERVAL: Duration = Duration::from_millis(500);
 const ROLL_OUT_INTERVAL: Duration = Duration::from_millis(500);
 /// Rights and schemas change when people change them.
 const INABILITY_INTERVAL: Duration = Duration::from_secs(10);
 const FORGET_INTERVAL: Duration = Duration::from_secs(60 * 60);
+const NOT_LOOKED: &str = "it has not looked at the database yet";
 /// A server that vanished without a reset never answers.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -69,7 +72,7 @@ impl Switch {
     /// # Errors
     /// None that this service's constants could cause.
     pub fn new(address: String, group: &str, connections: u32) -> anyhow::Result<Self> {
-        let unable = Some("it has not looked at the database yet".to_owned());
+        let unable = Some(NOT_LOOKED.to_owned());
         Ok(Self(Arc::new(Inner {
             instance: Uuid::now_v7(),
             address,
@@ -103,13 +106,12 @@ impl Switch {
         }
     }
 
-    /// For a transaction that may wait for commerce while others must not: no more of these than leave connections to them.
+    /// For a transaction that may wait for commerce while others must not: no more of these than leave connections to them, and
+    /// no longer a wait than for a connection. `None` when the time is up.
     pub(crate) async fn place(&self) -> Option<OwnedSemaphorePermit> {
-        if self.of_all().is_some() {
-            return None;
-        }
+        let place = self.0.places.clone().acquire_owned();
         // It is never closed.
-        self.0.places.clone().acquire_owned().await.ok()
+        tokio::time::timeout(PLACE_WITHIN, place).await.ok()?.ok()
     }
 
     /// Commerce's part of events that were appended in this transaction, for those whose orders are not on the outbox alone.
@@ -162,24 +164,25 @@ impl Switch {
         self.0.refused.load(Ordering::Relaxed)
     }
 
-    /// Follows the flag until told to stop, compares what shadow mode expected, and moves roll-outs on.
+    /// Follows the flag until told to stop, compares what shadow mode expected, and moves roll-outs on. `own` has one connection,
+    /// so that nothing that is slow keeps the flag from being followed.
     ///
     /// # Errors
     /// At the start only: the flag asks for what this process cannot do.
-    pub async fn run(&self, pool: PgPool, stop: CancellationToken) -> anyhow::Result<()> {
+    pub async fn run(&self, own: PgPool, pool: PgPool, stop: CancellationToken) -> anyhow::Result<()> {
         let first = CancellationToken::new();
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            () = self.repeat(Work::FirstLook, &pool, &first) => {}
+            () = self.repeat(Work::FirstLook, &own, &first) => {}
         }
         self.refuse_what_cannot_be()?;
         tokio::join!(
-            self.repeat(Work::Follow, &pool, &stop),
+            self.repeat(Work::Follow, &own, &stop),
             self.repeat(Work::Compare, &pool, &stop),
             self.repeat(Work::RollOut, &pool, &stop),
             self.repeat(Work::Forget, &pool, &stop),
         );
-        let leave = flag_instances::leave(&pool, self.0.instance);
+        let leave = flag_instances::leave(&own, self.0.instance);
         if !matches!(tokio::time::timeout(BEAT_INTERVAL, leave).await, Ok(Ok(()))) {
             tracing::debug!("this process stays in the list of instances until it is missed");
         }
@@ -191,7 +194,11 @@ impl Switch {
         let (interval, failure) = work.rhythm();
         let mut due = tokio::time::interval(interval);
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut following = Following::default();
+        let mut following = Following {
+            unable: Some(NOT_LOOKED.to_owned()),
+            asked: None,
+            beat: None,
+        };
         let mut works = true;
         loop {
             tokio::select! {
@@ -216,7 +223,11 @@ impl Switch {
         match work {
             Work::FirstLook | Work::Follow => self.follow(pool, following).await,
             Work::Compare if self.unable().is_some() => Ok(()),
-            Work::Compare => self.0.legacy.compare(pool).await.map(drop),
+            Work::Compare => {
+                // A page after the other; a long run of them is cut by the patience with one round, and goes on with the next.
+                while self.0.legacy.compare(pool).await? {}
+                Ok(())
+            }
             Work::RollOut => rollout::advance(pool, self).await,
             Work::Forget => {
                 shadow::forget_old(pool).await?;
@@ -242,8 +253,9 @@ impl Switch {
 
     async fn follow(&self, pool: &PgPool, last: &mut Following) -> Result<(), sqlx::Error> {
         let flag = flag_values::in_force(pool).await?;
-        if due(&mut last.asked, INABILITY_INTERVAL) {
+        if last.asked.is_none_or(|asked| asked.elapsed() >= INABILITY_INTERVAL) {
             last.unable = self.0.legacy.inability(pool).await?;
+            last.asked = Some(Instant::now());
         }
         let unable = last.unable.clone();
         let changed = self.0.now.send_if_modified(|now| {
@@ -283,7 +295,7 @@ impl Switch {
 }
 
 /// When what was last done, and what was found.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Following {
     unable: Option<String>,
     asked: Option<Instant>,

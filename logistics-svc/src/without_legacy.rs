@@ -2,6 +2,7 @@
 
 use outbox::NewEvent;
 use sqlx::{PgConnection, PgPool, PgTransaction};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// Never works, and says so.
@@ -35,13 +36,18 @@ impl Legacy {
 
     /// # Errors
     /// None.
-    pub(crate) async fn compare(&self, _: &PgPool) -> Result<usize, sqlx::Error> {
-        Ok(0)
+    pub(crate) async fn compare(&self, _: &PgPool) -> Result<bool, sqlx::Error> {
+        Ok(false)
     }
 
     /// # Errors
     /// None.
-    pub(crate) async fn commerce_health(&self, _: &mut PgConnection, _: &[Uuid]) -> Result<(i64, bool), sqlx::Error> {
+    pub(crate) async fn commerce_health(
+        &self,
+        _: &mut PgConnection,
+        _: &[Uuid],
+        _: OffsetDateTime,
+    ) -> Result<(i64, bool), sqlx::Error> {
         Ok((0, false))
     }
 }

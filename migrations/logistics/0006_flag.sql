@@ -4,7 +4,7 @@
 --   * `flag_values` is the switch and its history in one: the newest row is in force, none means `outbox`. Rows are only ever
 --     added, so every value is here with who set it, when and why; the previous value is the row before.
 --   * `flag_instances` says which value each API process runs. A process writes its own row when its value changes and every
---     few seconds besides; one that has not for a minute is gone.
+--     second besides; one that has not for ten seconds is gone.
 --   * A roll-out is moved by one process at a time, under its row's lock, and at most one runs. Its steps are values of the flag
 --     like any other; a value that somebody sets meanwhile ends it.
 --   * A row of `shadow_expectations` is committed with the event that it is about, and goes in the transaction that notes what
@@ -66,10 +66,10 @@ CREATE TABLE logistics.flag_rollouts (
     step_began_at  timestamptz,
     -- The value that was in force when the last soaked step ended, or before the first: where a stop returns to.
     safe_version   bigint      NOT NULL,
-    -- What had been counted when it began.
+    -- What had been counted when the step began.
     requests_before     bigint,
     failures_before     bigint,
-    dead_letters_before bigint,
+    compared_before     bigint,
     started_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     started_by     text        NOT NULL,
     reason         text        NOT NULL,
@@ -83,7 +83,7 @@ CREATE TABLE logistics.flag_rollouts (
 );
 CREATE UNIQUE INDEX flag_rollouts_one_runs ON logistics.flag_rollouts ((true)) WHERE state = 'running';
 GRANT SELECT, INSERT ON logistics.flag_rollouts TO logistics_svc;
-GRANT UPDATE (state, step, version, step_began_at, safe_version, requests_before, failures_before, dead_letters_before,
+GRANT UPDATE (state, step, version, step_began_at, safe_version, requests_before, failures_before, compared_before,
               ended_at, ended_because) ON logistics.flag_rollouts TO logistics_svc;
 
 CREATE TABLE logistics.shadow_expectations (
@@ -116,7 +116,7 @@ CREATE INDEX shadow_mismatches_age ON logistics.shadow_mismatches (found_at);
 CREATE INDEX shadow_mismatches_place ON logistics.shadow_mismatches (table_name, column_name, event_type, id);
 GRANT SELECT, INSERT, DELETE ON logistics.shadow_mismatches TO logistics_svc;
 
--- What became of expectations: one row each for `compared`, `different`, `overtaken` (rows) and `expired`.
+-- What became of expectations: one row each for `compared`, `different`, `rows_overtaken` and `expired`.
 CREATE TABLE logistics.shadow_tally (
     outcome text   CONSTRAINT shadow_tally_pkey PRIMARY KEY,
     count   bigint NOT NULL

@@ -64,6 +64,20 @@ struct Limits {
     max_body_bytes: usize,
 }
 
+/// Requests of operators that are answered at once.
+const OPERATORS_AT_ONCE: usize = 16;
+
+/// Gives routes a limit of their own, which the requests of clients cannot use up: for what is needed while those are stuck. To be
+/// merged into the `unlimited` routes of [`app`].
+pub fn apart(routes: Router, settings: &HttpSettings) -> Router {
+    let limits = Limits {
+        requests: Arc::new(Semaphore::new(OPERATORS_AT_ONCE)),
+        timeout: settings.http_timeout,
+        max_body_bytes: settings.http_max_body_bytes,
+    };
+    routes.layer(middleware::from_fn_with_state(limits, limit))
+}
+
 /// Wraps the service's routes into limits, ids, metrics and problem responses. `unlimited` routes (health, metrics)
 /// answer also when the service is busy.
 pub fn app(api: Router, unlimited: Router, settings: &HttpSettings) -> Router {

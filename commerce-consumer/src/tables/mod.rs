@@ -42,8 +42,7 @@ pub struct RowsOfEvent<'a> {
     pub skus: &'a [String],
 }
 
-/// Every row that an event concerns, with its table, as they stand in one snapshot; without the times at which they were
-/// written and the numbers that were drawn for them. Locks nothing.
+/// Every row that an event concerns, with its table, as they stand in one snapshot. Locks nothing.
 ///
 /// # Errors
 /// Any database error.

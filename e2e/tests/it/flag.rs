@@ -290,7 +290,7 @@ async fn a_roll_out_that_meets_its_stop_condition_is_taken_back_and_says_why() -
         .await?;
         flag.rollout().await
     };
-    let lenient = json!({"mismatches": 0, "lag_seconds": 60.0, "error_ratio": 0.5, "dead_letters": 0});
+    let lenient = json!({"lag_seconds": 60.0, "error_ratio": 0.5, "dead_letters": 0});
 
     roll_out(TO_SHADOW, json!([1, 10, 50, 100]), 0.2, lenient.clone()).await?;
     let (status, problem) = flag
@@ -309,6 +309,18 @@ async fn a_roll_out_that_meets_its_stop_condition_is_taken_back_and_says_why() -
         (&json!("shadow"), &json!(100.0), &json!("roll-out")),
         "{view}"
     );
+
+    // Where mismatches count, nothing found in nothing proves nothing.
+    flag.set(&json!({"mode": "outbox", "reason": "once more"})).await?;
+    roll_out(TO_SHADOW, json!([100]), 0.0, json!({"mismatches": 0})).await?;
+    wait_for("its step to be in force", PATIENCE, async || {
+        let view = flag.read("/admin/flag").await?;
+        Ok(view["rollout"]["step"] == 1 && view["in_force"] == true)
+    })
+    .await?;
+    complete_when_created(&client, &owner, 1, 1).await?;
+    assert_eq!(ended().await?["state"], "done");
+    assert!(flag.read("/admin/shadow").await?["compared"].as_i64() > Some(0));
 
     // Somebody who sets the flag ends it.
     roll_out(TO_SHADOW, json!([1, 100]), 600.0, json!({"dead_letters": 0})).await?;

@@ -79,7 +79,7 @@ struct InstanceView {
 pub(super) struct FlagView {
     flag: ValueView,
     previous: Option<ValueView>,
-    /// Whether every instance runs this value.
+    /// Whether every instance that was heard of within ten seconds runs this value, and there is one.
     in_force: bool,
     instances: Vec<InstanceView>,
     /// The roll-out that runs.
@@ -125,7 +125,7 @@ struct StopWhen {
     mismatches: Option<i64>,
     /// By how much commerce lags behind the outbox.
     lag_seconds: Option<f64>,
-    /// Of the requests since it began, the share that failed in this service; looked at from 20 requests on.
+    /// Of the requests since the step began, the share that failed in this service; looked at from 20 requests on.
     error_ratio: Option<f64>,
     /// Dead letters of commerce since it began.
     dead_letters: Option<i64>,
@@ -221,11 +221,11 @@ pub(super) async fn set(
     }
     check_ability(&admin, &flag)?;
     let mut tx = admin.pool.begin().await.map_err(database)?;
-    let because = format!("{} set the flag to {}", caller.name, flag.mode.name());
-    flag_rollouts::supersede(&mut tx, &because).await.map_err(database)?;
-    let set = flag_values::add(&mut tx, flag, (&caller.name, &asked.reason), None).await;
-    let set = set.map_err(database)?;
+    let set = flag_values::add(&mut tx, flag, (&caller.name, &asked.reason), None, None).await;
+    // None but with a condition.
+    let set = set.map_err(database)?.unwrap_or(flag);
     tx.commit().await.map_err(database)?;
+    end_rollout(&admin, &caller, flag.mode).await;
     tracing::warn!(
         by = caller.name,
         reason = asked.reason,
@@ -236,6 +236,22 @@ pub(super) async fn set(
         "the flag is set"
     );
     Ok(Json(once_in_force(&admin).await?))
+}
+
+/// Said at once if it can be. A roll-out that somebody else moves on at this moment finds the new value in its way, and ends.
+async fn end_rollout(admin: &FlagAdmin, caller: &Caller, mode: Mode) {
+    let because = format!("{} set the flag to {}", caller.name, mode.name());
+    let ended = async {
+        let mut tx = admin.pool.begin().await?;
+        sqlx::raw_sql("SET LOCAL lock_timeout = '500ms'")
+            .execute(&mut *tx)
+            .await?;
+        flag_rollouts::supersede(&mut tx, &because).await?;
+        tx.commit().await
+    };
+    if let Err(error) = ended.await {
+        tracing::debug!(%error, "the roll-out that runs will find out by itself");
+    }
 }
 
 /// What is to be rolled out.
@@ -270,9 +286,7 @@ pub(super) async fn roll_out(
 ) -> Result<(StatusCode, Json<RolloutView>), Problem> {
     let caller = admin.grants.require(&headers, Role::Admin)?;
     let asked: NewRolloutRequest = body.parse()?;
-    let mut tx = admin.pool.begin().await.map_err(database)?;
-    let in_force = flag_values::in_force(&mut *tx).await.map_err(database)?;
-    let new = checked(asked, caller, in_force.version)?;
+    let mut new = checked(asked, caller)?;
     for name in [new.mode, new.rest] {
         let whole = mode("/mode", name)?;
         check_ability(
@@ -283,6 +297,8 @@ pub(super) async fn roll_out(
             },
         )?;
     }
+    let mut tx = admin.pool.begin().await.map_err(database)?;
+    new.safe_version = flag_values::in_force(&mut *tx).await.map_err(database)?.version;
     let begun = flag_rollouts::begin(&mut tx, &new).await.map_err(database)?;
     tx.commit().await.map_err(database)?;
     let Some(begun) = begun else {
@@ -415,7 +431,7 @@ async fn look(admin: &FlagAdmin) -> Result<FlagView, Problem> {
     let rollouts = flag_rollouts::newest(&admin.pool, 1).await.map_err(database)?;
     let running = rollouts.into_iter().find(|rollout| rollout.state == "running");
     Ok(FlagView {
-        in_force: instances.iter().all(|instance| instance.version >= version),
+        in_force: !instances.is_empty() && instances.iter().all(|instance| instance.version >= version),
         previous: match (&flag, previous) {
             (_, Some(previous)) => Some(value(previous)?),
             (Some(_), None) => Some(first()),
@@ -490,7 +506,8 @@ fn rollout(rollout: Rollout) -> Result<RolloutView, Problem> {
     })
 }
 
-fn checked(asked: NewRolloutRequest, caller: Caller, safe_version: i64) -> Result<NewRollout, Problem> {
+/// All but the version that is safe, which only the database knows.
+fn checked(asked: NewRolloutRequest, caller: Caller) -> Result<NewRollout, Problem> {
     check_reason(&asked.reason)?;
     let (to, rest) = (mode("/mode", &asked.mode)?, mode("/rest", &asked.rest)?);
     if to == rest {
@@ -541,15 +558,18 @@ fn checked(asked: NewRolloutRequest, caller: Caller, safe_version: i64) -> Resul
         most_lag_seconds: stop.lag_seconds,
         most_error_ratio: stop.error_ratio,
         most_dead_letters: stop.dead_letters,
-        safe_version,
+        safe_version: 0,
         started_by: caller.name,
         reason: asked.reason,
     })
 }
 
 fn check_reason(reason: &str) -> Result<(), Problem> {
-    if reason.trim().is_empty() || reason.len() > LONGEST_REASON {
-        return Err(Problem::invalid_field("/reason", "must have 1 to 500 bytes"));
+    if reason.trim().is_empty() || reason.len() > LONGEST_REASON || reason.contains('\0') {
+        return Err(Problem::invalid_field(
+            "/reason",
+            "must have 1 to 500 bytes, none of them zero",
+        ));
     }
     Ok(())
 }

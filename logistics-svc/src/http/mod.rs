@@ -63,8 +63,8 @@ pub struct Api {
 )]
 struct Document;
 
-/// The routes and their description, from one list.
-fn routes(api: Option<Api>, admin: Admin) -> (Router, Specification) {
+/// The routes, those that clients must not be able to hold up, and the description of both, from one list.
+fn routes(api: Option<Api>, admin: Admin) -> (Router, Router, Specification) {
     let mut document = Document::openapi();
     // The derive writes one with an empty name.
     document.info.license = None;
@@ -76,14 +76,17 @@ fn routes(api: Option<Api>, admin: Admin) -> (Router, Specification) {
         .with_state(admin);
     let document = OpenApiRouter::with_openapi(document).merge(operators);
     let Some(api) = api else {
-        return document.split_for_parts();
+        let (routes, described) = document.split_for_parts();
+        return (routes, Router::new(), described);
     };
-    let flag = OpenApiRouter::new()
+    // While requests are stuck on the synchronous path, this is the way out.
+    let (flag, described) = OpenApiRouter::new()
         .routes(routes!(flag::read, flag::set))
         .routes(routes!(flag::history))
         .routes(routes!(flag::roll_out, flag::roll_outs))
         .routes(routes!(flag::compared))
-        .with_state(api.flag.clone());
+        .with_state(api.flag.clone())
+        .split_for_parts();
     let shipments = OpenApiRouter::new()
         .routes(routes!(shipments::list, shipments::create))
         .routes(routes!(shipments::create_many))
@@ -95,15 +98,18 @@ fn routes(api: Option<Api>, admin: Admin) -> (Router, Specification) {
         .routes(routes!(shipments::cancel))
         .routes(routes!(shipments::take_back))
         .with_state(api);
-    document.merge(flag).merge(shipments).split_for_parts()
+    let (routes, mut description) = document.merge(shipments).split_for_parts();
+    description.merge(described);
+    (routes, flag, description)
 }
 
 /// The whole HTTP interface; a process that only relays has no `api`. `operations` are the routes of health and metrics.
 pub fn app(api: Option<Api>, admin: Admin, operations: Router, settings: &HttpSettings) -> Router {
-    let (routes, specification) = routes(api, admin);
+    let (routes, flag, specification) = routes(api, admin);
     let description = specification.to_json().unwrap_or_default();
     let openapi = get(move || async move { ([(header::CONTENT_TYPE, "application/json")], description) });
     let unlimited = operations
+        .merge(service_runtime::http::apart(flag, settings))
         .merge(problem::routes(&error::KINDS))
         .route("/openapi.json", openapi);
     service_runtime::http::app(routes, unlimited, settings)

@@ -9,5 +9,6 @@ WITH newest AS (
      ORDER BY asked.place
      LIMIT 3
 )
-SELECT (SELECT count(*) FROM commerce.dead_letters WHERE consumer = $1),
+SELECT (SELECT count(*) FROM commerce.dead_letters
+         WHERE consumer = $1 AND state IN ('open', 'redriving', 'resolved') AND last_died_at >= $4),
        coalesce((SELECT bool_and(NOT has_taken_effect) FROM newest), false)

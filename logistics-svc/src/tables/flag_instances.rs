@@ -77,7 +77,8 @@ pub async fn leave(executor: impl PgExecutor<'_>, instance: Uuid) -> Result<(), 
     Ok(())
 }
 
-/// Changes that were asked for and those that failed, over all processes of the last day.
+/// Changes that were asked for and those that failed, over all processes that are remembered: those of the last day, and all
+/// since a roll-out began that still runs.
 ///
 /// # Errors
 /// Any database error.

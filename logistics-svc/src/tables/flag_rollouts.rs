@@ -23,7 +23,9 @@ pub struct Rollout {
     pub safe_version: i64,
     pub requests_before: Option<i64>,
     pub failures_before: Option<i64>,
-    pub dead_letters_before: Option<i64>,
+    pub compared_before: Option<i64>,
+    /// Of the step in force, by the database's clock.
+    pub step_age_seconds: Option<f64>,
     pub started_at: OffsetDateTime,
     pub started_by: String,
     pub reason: String,
@@ -56,7 +58,8 @@ pub async fn begin(connection: &mut PgConnection, new: &NewRollout) -> Result<Op
         "INSERT INTO logistics.flag_rollouts (mode, rest, steps, soak_seconds, most_mismatches, most_lag_seconds,
                 most_error_ratio, most_dead_letters, safe_version, started_by, reason)
          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
-         ON CONFLICT ((true)) WHERE state = 'running' DO NOTHING RETURNING *",
+         ON CONFLICT ((true)) WHERE state = 'running' DO NOTHING
+         RETURNING *, NULL::double precision AS step_age_seconds",
     )
     .bind(new.mode)
     .bind(new.rest)
@@ -78,10 +81,13 @@ pub async fn begin(connection: &mut PgConnection, new: &NewRollout) -> Result<Op
 /// # Errors
 /// Any database error.
 pub async fn newest(executor: impl PgExecutor<'_>, most: i64) -> Result<Vec<Rollout>, sqlx::Error> {
-    sqlx::query_as("SELECT * FROM logistics.flag_rollouts ORDER BY id DESC LIMIT $1")
-        .bind(most)
-        .fetch_all(executor)
-        .await
+    sqlx::query_as(
+        "SELECT *, extract(epoch FROM clock_timestamp() - step_began_at)::double precision AS step_age_seconds
+           FROM logistics.flag_rollouts ORDER BY id DESC LIMIT $1",
+    )
+    .bind(most)
+    .fetch_all(executor)
+    .await
 }
 
 /// The one that runs, locked; `None` also while another process moves it.
@@ -89,51 +95,37 @@ pub async fn newest(executor: impl PgExecutor<'_>, most: i64) -> Result<Vec<Roll
 /// # Errors
 /// Any database error.
 pub async fn lock_running(connection: &mut PgConnection) -> Result<Option<Rollout>, sqlx::Error> {
-    sqlx::query_as("SELECT * FROM logistics.flag_rollouts WHERE state = 'running' FOR UPDATE SKIP LOCKED")
-        .fetch_optional(connection)
-        .await
+    sqlx::query_as(
+        "SELECT *, extract(epoch FROM clock_timestamp() - step_began_at)::double precision AS step_age_seconds
+           FROM logistics.flag_rollouts WHERE state = 'running' FOR UPDATE SKIP LOCKED",
+    )
+    .fetch_optional(connection)
+    .await
 }
 
-/// A step begins: this version of the flag is it, and that one is where a stop now returns to.
+/// A step begins: this version of the flag is it, that one is where a stop now returns to, and this had been counted before.
 ///
 /// # Errors
 /// Any database error; the transaction is then of no use.
 pub async fn note_step(
     connection: &mut PgConnection,
     id: i64,
-    version: i64,
-    safe_version: i64,
+    (version, safe_version): (i64, i64),
+    (requests, failures): (i64, i64),
+    compared: i64,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "UPDATE logistics.flag_rollouts
-            SET step = step + 1, version = $2, safe_version = $3, step_began_at = clock_timestamp() WHERE id = $1",
+            SET step = step + 1, version = $2, safe_version = $3, step_began_at = clock_timestamp(),
+                requests_before = $4, failures_before = $5, compared_before = $6
+          WHERE id = $1",
     )
     .bind(id)
     .bind(version)
     .bind(safe_version)
-    .execute(connection)
-    .await?;
-    Ok(())
-}
-
-/// What had been counted when it began.
-///
-/// # Errors
-/// Any database error; the transaction is then of no use.
-pub async fn note_counts(
-    connection: &mut PgConnection,
-    id: i64,
-    (requests, failures): (i64, i64),
-    dead_letters: i64,
-) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "UPDATE logistics.flag_rollouts
-            SET requests_before = $2, failures_before = $3, dead_letters_before = $4 WHERE id = $1",
-    )
-    .bind(id)
     .bind(requests)
     .bind(failures)
-    .bind(dead_letters)
+    .bind(compared)
     .execute(connection)
     .await?;
     Ok(())
@@ -156,7 +148,7 @@ pub async fn end(connection: &mut PgConnection, id: i64, state: &str, because: &
     Ok(())
 }
 
-/// Ends the one that runs, if one does: somebody sets the flag. Before the value is added, as a step does it: the row first.
+/// Ends the one that runs, if one does: somebody has set the flag.
 ///
 /// # Errors
 /// Any database error; the transaction is then of no use.

@@ -88,6 +88,7 @@ pub async fn of_version(executor: impl PgExecutor<'_>, version: i64) -> Result<F
 }
 
 /// Adds a value after the newest one, and returns it with its version. One at a time: another one waits for this transaction.
+/// `None` if the newest one is not `after`, where that is given.
 ///
 /// # Errors
 /// Any database error; the transaction is then of no use.
@@ -96,13 +97,15 @@ pub async fn add(
     flag: Flag,
     (set_by, reason): (&str, &str),
     rollout: Option<i64>,
-) -> Result<Flag, sqlx::Error> {
+    after: Option<i64>,
+) -> Result<Option<Flag>, sqlx::Error> {
     sqlx::query("SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('logistics.flag_values', 0))")
         .execute(&mut *connection)
         .await?;
-    let version = sqlx::query_scalar(
+    let version: Option<i64> = sqlx::query_scalar(
         "INSERT INTO logistics.flag_values (version, mode, rest, share, set_by, reason, rollout)
          SELECT coalesce(max(version), 0) + 1, $1, $2, $3, $4, $5, $6 FROM logistics.flag_values
+         HAVING $7::bigint IS NULL OR coalesce(max(version), 0) = $7
          RETURNING version",
     )
     .bind(flag.mode.name())
@@ -111,7 +114,8 @@ pub async fn add(
     .bind(set_by)
     .bind(reason)
     .bind(rollout)
-    .fetch_one(&mut *connection)
+    .bind(after)
+    .fetch_optional(&mut *connection)
     .await?;
-    Ok(Flag { version, ..flag })
+    Ok(version.map(|version| Flag { version, ..flag }))
 }

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use sqlx::{PgConnection, PgExecutor};
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -69,6 +71,22 @@ pub async fn lock_after(
     .await
 }
 
+/// Gives up what commerce has not settled within this time, some thousand at once. How many.
+///
+/// # Errors
+/// Any database error.
+pub async fn expire(executor: impl PgExecutor<'_>, after: Duration) -> Result<i64, sqlx::Error> {
+    let expired = sqlx::query(
+        "DELETE FROM logistics.shadow_expectations WHERE event_id IN (
+             SELECT event_id FROM logistics.shadow_expectations
+              WHERE created_at < clock_timestamp() - make_interval(secs => $1) LIMIT 5000 FOR UPDATE SKIP LOCKED)",
+    )
+    .bind(after.as_secs_f64())
+    .execute(executor)
+    .await?;
+    Ok(i64::try_from(expired.rows_affected()).unwrap_or(i64::MAX))
+}
+
 /// # Errors
 /// Any database error; the transaction is then of no use.
 pub async fn forget(connection: &mut PgConnection, ids: &[Uuid]) -> Result<(), sqlx::Error> {
@@ -130,6 +148,15 @@ pub async fn tally(executor: impl PgExecutor<'_>) -> Result<Vec<(String, i64)>, 
     sqlx::query_as("SELECT outcome, count FROM logistics.shadow_tally ORDER BY outcome")
         .fetch_all(executor)
         .await
+}
+
+/// Events that were compared.
+///
+/// # Errors
+/// Any database error.
+pub async fn compared(executor: impl PgExecutor<'_>) -> Result<i64, sqlx::Error> {
+    let count = sqlx::query_scalar("SELECT count FROM logistics.shadow_tally WHERE outcome = 'compared'");
+    Ok(count.fetch_optional(executor).await?.unwrap_or(0))
 }
 
 /// How many wait to be compared, and since when the oldest does.

@@ -342,3 +342,14 @@ impl<'a> LineColumns<'a> {
         columns
     }
 }
+
+/// The orders that these shipments belong to; of those that exist.
+///
+/// # Errors
+/// Any database error.
+pub async fn order_ids(executor: impl sqlx::PgExecutor<'_>, ids: &[i64]) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar("SELECT DISTINCT order_id FROM logistics.shipments WHERE id = ANY($1)")
+        .bind(ids)
+        .fetch_all(executor)
+        .await
+}

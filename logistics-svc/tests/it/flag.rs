@@ -23,7 +23,7 @@ async fn follow(service: &TestService) -> (CancellationToken, JoinHandle<anyhow:
     let (stop, switch, pool) = (CancellationToken::new(), service.switch.clone(), service.pool.clone());
     let following = tokio::spawn({
         let stop = stop.clone();
-        async move { switch.run(pool, stop).await }
+        async move { switch.run(pool.clone(), pool, stop).await }
     });
     let end = Instant::now() + Duration::from_secs(30);
     while service.get("/admin/flag").await.expect(200)["instances"] == json!([]) {
@@ -197,7 +197,7 @@ async fn the_synchronous_path_is_refused_where_commerce_is_not() {
     // A start under such a value is refused.
     let error = service
         .switch
-        .run(service.pool.clone(), CancellationToken::new())
+        .run(service.pool.clone(), service.pool.clone(), CancellationToken::new())
         .await
         .unwrap_err();
     assert!(error.to_string().contains("set to legacy"), "{error:#}");
