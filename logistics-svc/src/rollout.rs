@@ -182,10 +182,10 @@ async fn condition(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) ->
     if let (Some(most), true) = (rollout.most_lag_seconds, lags) {
         return Ok(Some(format!("commerce lags by more than {most} s")));
     }
-    if let Some(most) = rollout.most_dead_letters {
-        if dead_letters > most {
-            return Ok(Some(format!("{dead_letters} new dead letters, more than {most}")));
-        }
+    if let Some(most) = rollout.most_dead_letters
+        && dead_letters > most
+    {
+        return Ok(Some(format!("{dead_letters} new dead letters, more than {most}")));
     }
     Ok(None)
 }
