@@ -34,6 +34,8 @@ use crate::{
 
 /// Most events in one transaction.
 const BATCH: u32 = 100;
+/// Most dead letters of which it is remembered that they were counted; past it, some count twice.
+const MOST_ADMITTED: usize = 10_000;
 /// How often the table is asked: for what other instances let go, or a crash left behind.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -543,7 +545,12 @@ impl<H: Handler> Releaser<H> {
             return Ok(());
         }
         if sign == Sign::Died {
-            self.admitted().insert(id);
+            let mut admitted = self.admitted();
+            // Of letters that a person has settled meanwhile, nobody comes to take theirs out.
+            if admitted.len() >= MOST_ADMITTED {
+                admitted.clear();
+            }
+            admitted.insert(id);
         }
         if left_out.away {
             return Err(BatchError::Undelivered("the brokers are away".to_owned()));

@@ -310,8 +310,8 @@ fn rollout(rollout: &Value) -> String {
 
 fn shadow(view: &Value) -> Vec<String> {
     let mut lines = vec![format!(
-        "{} events compared, {} different, {} wait; {} rows said nothing, because other events had changed them too",
-        view["compared"], view["different"], view["waiting"], view["rows_overtaken"]
+        "{} events compared by {} rows, {} different, {} wait; {} rows said nothing, because other events had changed them too",
+        view["compared"], view["rows_compared"], view["different"], view["waiting"], view["rows_overtaken"]
     )];
     for group in list(&view["groups"]) {
         lines.push(format!(

@@ -9,8 +9,9 @@ use std::{
 use anyhow::Context;
 use commerce_consumer::{
     apply_shipment::ApplyShipment,
-    comparison::{self, Comparison, Expected},
+    comparison::{self, Expected},
     schema::{MIGRATOR, SCHEMA},
+    tables,
 };
 use inbox::{HandlerError, Outcome, Synchronous, Table, UnknownTypes, synchronous::WITHOUT_RECORD};
 use opentelemetry::{KeyValue, metrics::Counter};
@@ -20,7 +21,7 @@ use sqlx::{Connection, PgConnection, PgPool, PgTransaction};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::tables::shadow::{self, Mismatch};
+use crate::tables::shadow::{self, Expectation, Mismatch};
 
 /// Commerce's rights, taken for its own statements only. It ends with the transaction or the savepoint.
 const AS_COMMERCE: &str = "SET LOCAL ROLE commerce_svc";
@@ -192,36 +193,34 @@ impl Legacy {
             return Ok(false);
         }
         let (mut settled, mut mismatches) = (Vec::new(), Vec::new());
-        let (mut compared, mut overtaken_rows, mut different, mut expired) = (0, 0, 0, expired);
+        let (mut compared, mut different, mut compared_rows, mut overtaken_rows, mut expired) = (0, 0, 0, 0, expired);
         sqlx::raw_sql(AS_COMMERCE).execute(&mut *tx).await?;
-        for expectation in waiting {
+        let ids: Vec<Uuid> = waiting.iter().map(|expectation| expectation.event_id).collect();
+        let taken_effect = tables::taken_effect(&mut *tx, &self.group, &ids).await?;
+        let ready = |expectation: &Expectation| taken_effect.contains(&expectation.event_id);
+        for expectation in waiting.into_iter().filter(ready) {
             let Ok(expected) = serde_json::from_str::<Expected>(&expectation.expected) else {
                 // Of another release.
                 expired += 1;
                 settled.push(expectation.event_id);
                 continue;
             };
-            match comparison::compare(&mut tx, &expected, &self.group).await? {
-                Comparison::Waits => continue,
-                Comparison::Made {
-                    overtaken, differences, ..
-                } => {
-                    compared += 1;
-                    overtaken_rows += overtaken as i64;
-                    different += i64::from(!differences.is_empty());
-                    mismatches.extend(differences.into_iter().map(|difference| Mismatch {
-                        event_id: expectation.event_id,
-                        event_type: expectation.event_type.clone(),
-                        shipment_id: expected.shipment_id.clone(),
-                        order_id: expected.order_id.clone(),
-                        table: difference.table,
-                        row_key: difference.key.to_string(),
-                        column: difference.column,
-                        expected: difference.expected.to_string(),
-                        found: difference.found.to_string(),
-                    }));
-                }
-            }
+            let made = comparison::compare(&mut tx, &expected).await?;
+            compared += 1;
+            different += i64::from(!made.differences.is_empty());
+            compared_rows += made.rows as i64;
+            overtaken_rows += made.overtaken as i64;
+            mismatches.extend(made.differences.into_iter().map(|difference| Mismatch {
+                event_id: expectation.event_id,
+                event_type: expectation.event_type.clone(),
+                shipment_id: expected.shipment_id.clone(),
+                order_id: expected.order_id.clone(),
+                table: difference.table,
+                row_key: difference.key.to_string(),
+                column: difference.column,
+                expected: difference.expected.to_string(),
+                found: difference.found.to_string(),
+            }));
             settled.push(expectation.event_id);
         }
         sqlx::raw_sql(AS_LOGISTICS).execute(&mut *tx).await?;
@@ -235,6 +234,7 @@ impl Legacy {
             ("compared", compared),
             ("different", different),
             ("expired", expired),
+            ("rows_compared", compared_rows),
             ("rows_overtaken", overtaken_rows),
         ];
         shadow::count(&mut tx, &counted).await?;
@@ -253,8 +253,8 @@ impl Legacy {
         Ok(full)
     }
 
-    /// Dead letters of commerce since then, and whether it waits for its records: of these events, the newest first, it has none of those that
-    /// neither took effect synchronously nor wait for a person or an earlier event.
+    /// How many dead letters commerce has had since then; and whether it waits for its records: of these events, the newest first,
+    /// those that neither took effect synchronously nor wait for a person or an earlier event have not come to it.
     ///
     /// # Errors
     /// Any database error.

@@ -62,7 +62,7 @@ async fn proceed(tx: &mut PgConnection, rollout: &Rollout) -> Result<(), sqlx::E
         tracing::info!(rollout = rollout.id, "the roll-out is done");
         return Ok(());
     }
-    step(tx, rollout, rollout.version.unwrap_or(rollout.safe_version)).await
+    step(tx, rollout, in_force(rollout)).await
 }
 
 async fn step(tx: &mut PgConnection, rollout: &Rollout, safe_version: i64) -> Result<(), sqlx::Error> {
@@ -130,7 +130,7 @@ async fn has_soaked(tx: &mut PgConnection, rollout: &Rollout) -> Result<bool, sq
     let has_shadow = [&rollout.mode, &rollout.rest]
         .iter()
         .any(|mode| *mode == Mode::Shadow.name());
-    if rollout.most_mismatches.is_none() || !has_shadow {
+    if rollout.stop.most_mismatches.is_none() || !has_shadow {
         return Ok(true);
     }
     Ok(shadow::compared(tx).await? > rollout.compared_before.unwrap_or(0))
@@ -138,13 +138,13 @@ async fn has_soaked(tx: &mut PgConnection, rollout: &Rollout) -> Result<bool, sq
 
 /// The stop condition that is met, in words.
 async fn condition(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) -> Result<Option<String>, sqlx::Error> {
-    if let Some(most) = rollout.most_mismatches {
+    if let Some(most) = rollout.stop.most_mismatches {
         let found = shadow::found_since(&mut *tx, rollout.started_at, most + 1).await?;
         if found > most {
             return Ok(Some(format!("shadow mode found more than {most} mismatches")));
         }
     }
-    if let Some(most) = rollout.most_error_ratio {
+    if let Some(most) = rollout.stop.most_error_ratio {
         let (requests, failures) = flag_instances::requests_and_failures(&mut *tx).await?;
         let requests = requests - rollout.requests_before.unwrap_or(0);
         let failures = failures - rollout.failures_before.unwrap_or(0);
@@ -154,7 +154,7 @@ async fn condition(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) ->
             )));
         }
     }
-    if rollout.most_lag_seconds.is_none() && rollout.most_dead_letters.is_none() {
+    if rollout.stop.most_lag_seconds.is_none() && rollout.stop.most_dead_letters.is_none() {
         return Ok(None);
     }
     if let Some(unable) = switch.unable() {
@@ -163,7 +163,7 @@ async fn condition(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) ->
         let others_can = instances.iter().any(|instance| instance.unable.is_none());
         return Ok((!others_can).then(|| format!("commerce cannot be looked at: {unable}")));
     }
-    let old = match rollout.most_lag_seconds {
+    let old = match rollout.stop.most_lag_seconds {
         Some(seconds) => flag_rollouts::events_older_than(&mut *tx, seconds).await?,
         None => Vec::new(),
     };
@@ -179,10 +179,10 @@ async fn condition(tx: &mut PgConnection, rollout: &Rollout, switch: &Switch) ->
         Ok(health) => health,
         Err(error) => return Ok(Some(format!("commerce cannot be looked at: {error}"))),
     };
-    if let (Some(most), true) = (rollout.most_lag_seconds, lags) {
+    if let (Some(most), true) = (rollout.stop.most_lag_seconds, lags) {
         return Ok(Some(format!("commerce lags by more than {most} s")));
     }
-    if let Some(most) = rollout.most_dead_letters
+    if let Some(most) = rollout.stop.most_dead_letters
         && dead_letters > most
     {
         return Ok(Some(format!("{dead_letters} new dead letters, more than {most}")));

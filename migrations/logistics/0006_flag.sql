@@ -116,7 +116,8 @@ CREATE INDEX shadow_mismatches_age ON logistics.shadow_mismatches (found_at);
 CREATE INDEX shadow_mismatches_place ON logistics.shadow_mismatches (table_name, column_name, event_type, id);
 GRANT SELECT, INSERT, DELETE ON logistics.shadow_mismatches TO logistics_svc;
 
--- What became of expectations: one row each for `compared`, `different`, `rows_overtaken` and `expired`.
+-- What became of expectations: one row each for `compared`, `different`, `expired`, `rows_compared` and
+-- `rows_overtaken`.
 CREATE TABLE logistics.shadow_tally (
     outcome text   CONSTRAINT shadow_tally_pkey PRIMARY KEY,
     count   bigint NOT NULL

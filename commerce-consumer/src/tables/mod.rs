@@ -2,6 +2,8 @@
 //! order of their keys: orders (and under them their lines and timelines), shipments, products. Several partitions
 //! apply at once; one order of locks for all of them rules deadlocks out.
 
+use std::collections::HashSet;
+
 use inbox::Row;
 use serde_json::{Map, Value};
 use sqlx::{PgConnection, PgExecutor};
@@ -68,18 +70,19 @@ pub async fn rows_of_event(
     rows.into_iter().map(row).collect()
 }
 
-/// Whether the consumer has an inbox row for the event.
+/// Those of these events for which the consumer has an inbox row.
 ///
 /// # Errors
 /// Any database error.
-pub async fn has_taken_effect(
+pub async fn taken_effect(
     executor: impl PgExecutor<'_>,
     consumer: &str,
-    event_id: Uuid,
-) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("SELECT EXISTS (SELECT FROM commerce.inbox WHERE consumer = $1 AND event_id = $2)")
+    event_ids: &[Uuid],
+) -> Result<HashSet<Uuid>, sqlx::Error> {
+    let taken = sqlx::query_scalar("SELECT event_id FROM commerce.inbox WHERE consumer = $1 AND event_id = ANY($2)")
         .bind(consumer)
-        .bind(event_id)
-        .fetch_one(executor)
-        .await
+        .bind(event_ids)
+        .fetch_all(executor)
+        .await?;
+    Ok(taken.into_iter().collect())
 }

@@ -26,7 +26,7 @@ use crate::{
     switch::Switch,
     tables::{
         flag_instances,
-        flag_rollouts::{self, NewRollout, Rollout},
+        flag_rollouts::{self, NewRollout, Rollout, StopConditions},
         flag_values::{self, SetFlag},
         shadow,
     },
@@ -337,6 +337,8 @@ pub(super) struct ShadowView {
     compared: i64,
     /// Of them, those with a difference.
     different: i64,
+    /// Rows of them that were compared.
+    rows_compared: i64,
     /// Rows that said nothing, because another event had changed them too.
     rows_overtaken: i64,
     /// Events that commerce did not apply in time.
@@ -383,6 +385,7 @@ pub(super) async fn compared(State(admin): State<FlagAdmin>) -> Result<Json<Shad
     Ok(Json(ShadowView {
         compared: count("compared"),
         different: count("different"),
+        rows_compared: count("rows_compared"),
         rows_overtaken: count("rows_overtaken"),
         expired: count("expired"),
         waiting,
@@ -490,10 +493,10 @@ fn rollout(rollout: Rollout) -> Result<RolloutView, Problem> {
         steps: rollout.steps.into_iter().map(|step| f64::from(step) / 100.0).collect(),
         soak_seconds: rollout.soak_seconds,
         stop: StopWhen {
-            mismatches: rollout.most_mismatches,
-            lag_seconds: rollout.most_lag_seconds,
-            error_ratio: rollout.most_error_ratio,
-            dead_letters: rollout.most_dead_letters,
+            mismatches: rollout.stop.most_mismatches,
+            lag_seconds: rollout.stop.most_lag_seconds,
+            error_ratio: rollout.stop.most_error_ratio,
+            dead_letters: rollout.stop.most_dead_letters,
         },
         step: rollout.step,
         step_began_at: rollout.step_began_at.map(text).transpose()?,
@@ -554,10 +557,12 @@ fn checked(asked: NewRolloutRequest, caller: Caller) -> Result<NewRollout, Probl
         rest: rest.name(),
         steps,
         soak_seconds: asked.soak_seconds,
-        most_mismatches: stop.mismatches,
-        most_lag_seconds: stop.lag_seconds,
-        most_error_ratio: stop.error_ratio,
-        most_dead_letters: stop.dead_letters,
+        stop: StopConditions {
+            most_mismatches: stop.mismatches,
+            most_lag_seconds: stop.lag_seconds,
+            most_error_ratio: stop.error_ratio,
+            most_dead_letters: stop.dead_letters,
+        },
         safe_version: 0,
         started_by: caller.name,
         reason: asked.reason,

@@ -2,6 +2,15 @@ use sqlx::{PgConnection, PgExecutor};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+/// What is exceeded when a roll-out is taken back; what is `None` is not looked at.
+#[derive(Debug, Clone, Copy, sqlx::FromRow)]
+pub struct StopConditions {
+    pub most_mismatches: Option<i64>,
+    pub most_lag_seconds: Option<f64>,
+    pub most_error_ratio: Option<f64>,
+    pub most_dead_letters: Option<i64>,
+}
+
 /// A roll-out as it stands.
 #[derive(Debug, Clone, sqlx::FromRow)]
 pub struct Rollout {
@@ -12,10 +21,8 @@ pub struct Rollout {
     /// Hundredths of a percent, rising.
     pub steps: Vec<i32>,
     pub soak_seconds: f64,
-    pub most_mismatches: Option<i64>,
-    pub most_lag_seconds: Option<f64>,
-    pub most_error_ratio: Option<f64>,
-    pub most_dead_letters: Option<i64>,
+    #[sqlx(flatten)]
+    pub stop: StopConditions,
     /// How many steps have begun.
     pub step: i32,
     pub version: Option<i64>,
@@ -40,10 +47,7 @@ pub struct NewRollout {
     pub rest: &'static str,
     pub steps: Vec<i32>,
     pub soak_seconds: f64,
-    pub most_mismatches: Option<i64>,
-    pub most_lag_seconds: Option<f64>,
-    pub most_error_ratio: Option<f64>,
-    pub most_dead_letters: Option<i64>,
+    pub stop: StopConditions,
     pub safe_version: i64,
     pub started_by: String,
     pub reason: String,
@@ -65,10 +69,10 @@ pub async fn begin(connection: &mut PgConnection, new: &NewRollout) -> Result<Op
     .bind(new.rest)
     .bind(&new.steps)
     .bind(new.soak_seconds)
-    .bind(new.most_mismatches)
-    .bind(new.most_lag_seconds)
-    .bind(new.most_error_ratio)
-    .bind(new.most_dead_letters)
+    .bind(new.stop.most_mismatches)
+    .bind(new.stop.most_lag_seconds)
+    .bind(new.stop.most_error_ratio)
+    .bind(new.stop.most_dead_letters)
     .bind(new.safe_version)
     .bind(&new.started_by)
     .bind(&new.reason)

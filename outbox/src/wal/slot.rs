@@ -51,11 +51,11 @@ impl Slot {
 
     /// Finds or makes the slot, and replaces one that the server has invalidated.
     ///
-    /// # Errors
-    /// [`ConnectionError::PublicationMissing`] before anything is made: the server would stream without it, and bring nothing.
-    ///
     /// Making a slot waits until every transaction then open has ended, and it streams all that commit later. So the
     /// rows that it will not stream are visible to any query that starts afterwards.
+    ///
+    /// # Errors
+    /// [`ConnectionError::PublicationMissing`] before anything is made: the server would stream without it, and bring nothing.
     pub(crate) async fn acquire(&self, connection: &mut Connection) -> Result<Origin, ConnectionError> {
         let name = &self.name;
         let publication = self.publication.replace('\'', "''");
