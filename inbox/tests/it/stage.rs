@@ -27,7 +27,7 @@ use serde_json::{json, value::RawValue};
 use shared_events::{Envelope, headers};
 use sqlx::{AssertSqlSafe, PgPool, PgTransaction, postgres::PgPoolOptions};
 use time::OffsetDateTime;
-use tokio::task::JoinHandle;
+use tokio::{sync::RwLock, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -60,6 +60,8 @@ pub(crate) const PANIC: &str = "Panic";
 pub(crate) const SLOW: &str = "Slow";
 /// Holds it for seconds.
 pub(crate) const CRAWLING: &str = "Crawling";
+/// Stays in its batch's hands until the door opens.
+pub(crate) const AT_DOOR: &str = "AtDoor";
 /// Waits for a lock that nobody gives up: the platform's fault, for ever.
 pub(crate) const LOCKED: &str = "Locked";
 /// Not yet as often as the number behind it says, then fine: `Flaky:2`.
@@ -80,6 +82,8 @@ pub(crate) const FOREIGN: &str = "Foreign";
 pub(crate) struct Notes {
     pub(crate) seen: Arc<Mutex<HashMap<Uuid, Vec<Instant>>>>,
     pub(crate) gate_closed: Arc<AtomicBool>,
+    /// Closed while somebody holds it for writing.
+    pub(crate) door: Arc<RwLock<()>>,
     /// While set, nothing works.
     pub(crate) broken: Arc<AtomicBool>,
     /// Calls of the handler.
@@ -180,6 +184,9 @@ impl Handler for Notes {
                         sqlx::query("DO $$BEGIN RAISE 'refused'; END$$")
                             .execute(&mut **transaction)
                             .await?;
+                    }
+                    if script == AT_DOOR {
+                        drop(self.door.read().await);
                     }
                     if script == LOCKED {
                         sqlx::query("DO $$BEGIN RAISE 'locked' USING ERRCODE = '55P03'; END$$")
