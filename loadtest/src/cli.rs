@@ -3,12 +3,17 @@ use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
-use crate::workload::{LARGEST_PAYLOAD, SMALLEST_PAYLOAD};
+use crate::{
+    complete::Processes,
+    threshold::Threshold,
+    workload::{LARGEST_PAYLOAD, SMALLEST_PAYLOAD},
+};
 
 const EXAMPLES: &str = "\
 Examples:
   loadtest drain --relay wal:off,wal:published,poll:published --peer pg-recvlogical
-  loadtest latency --relay wal,poll --rate 1000 --duration 30s --peer debezium --debezium-libs ~/debezium-libs";
+  loadtest latency --relay wal,poll --rate 1000 --duration 30s --peer debezium --debezium-libs ~/debezium-libs
+  loadtest complete --connections 64,256 --pgbench 64";
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 failed while running; 2 usage error, nothing was done; 3 a dependency is missing or cannot be
@@ -17,7 +22,7 @@ reached; 99 a check was not met: events lost, out of order or not marked, or the
 
 The result goes to standard output, progress to standard error, and all figures to a JSON file.";
 
-/// Measures relays, and their peers beside them.
+/// Measures the pair and its parts, and their peers beside them.
 ///
 /// Each contender gets a fresh database with the product's migrations and a fresh topic. Run one measurement at a time,
 /// and compare figures of one run only.
@@ -44,6 +49,19 @@ Examples:
   loadtest latency --relay wal,poll,after-commit --through api --rate 500
   loadtest latency --peer debezium --debezium-libs ~/debezium-libs")]
     Latency(LatencyArgs),
+    /// Complete shipments over the REST interface, one in each request, while everything else runs; then account for every event.
+    #[command(before_help = "\
+Examples:
+  loadtest complete                                         as many as 64 connections get answered, with the whole pair
+  loadtest complete --with api --connections 64,256 --pgbench 64
+  loadtest complete --rate 1000 --duration 60s --threshold p99<25 --threshold applied-p99<20")]
+    Complete(PairArgs),
+    /// Append events by the insert-only endpoint, and account for every one of them: append, broker, applied.
+    #[command(before_help = "\
+Examples:
+  loadtest outbox --rate 2000 --duration 5m --shipments 700000
+  loadtest outbox --rate 500 --threshold failed<1 --threshold broker-p99<13")]
+    Outbox(PairArgs),
 }
 
 #[derive(Debug, Args)]
@@ -87,6 +105,59 @@ pub struct LatencyArgs {
     pub payload_bytes: u32,
     #[command(flatten)]
     pub common: CommonArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct PairArgs {
+    /// Requests per second, each due at its time whatever became of those before it. Without it each connection sends its next
+    /// request when the last one is answered: as many as it can.
+    #[arg(long, value_name = "PER-SECOND", value_parser = clap::value_parser!(u64).range(1..=200_000))]
+    pub rate: Option<u64>,
+    /// Connections, each with one request at a time; several values are measured one after the other.
+    #[arg(long, value_name = "COUNT", value_delimiter = ',', default_value = "64", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub connections: Vec<u32>,
+    /// How long is measured, e.g. `30s`, `5m`; up to 1h.
+    #[arg(long, value_name = "DURATION", default_value = "20s", value_parser = duration)]
+    pub duration: Duration,
+    /// How long the same load runs before it counts.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    pub warm_up: Duration,
+    /// Open shipments to begin with, and most requests: at least rate times time, or the load ends early.
+    #[arg(long, value_name = "COUNT", default_value = "500000", value_parser = clap::value_parser!(u64).range(1..=20_000_000))]
+    pub shipments: u64,
+    /// How unevenly shipments fall to orders: 1 gives each order five, 3 makes a tenth of the orders have nearly half of them.
+    #[arg(long, value_name = "EXPONENT", default_value = "1", value_parser = skew)]
+    pub skew: f64,
+    /// What runs during the load.
+    #[arg(long = "with", value_enum, default_value_t = Processes::Pair)]
+    pub with: Processes,
+    /// Measure pgbench with so many clients afterwards, on the same server, for as long.
+    #[arg(long, value_name = "CLIENTS", value_parser = clap::value_parser!(u32).range(1..=200))]
+    pub pgbench: Option<u32>,
+    /// A bound that the figures must meet, else the exit code is 99; repeatable. Figures: p50, p99, max (response time, ms), rate, failed,
+    /// broker-p50, broker-p99 (from append to broker, ms), applied-p50, applied-p99 (from commit to applied in commerce, ms).
+    #[arg(long = "threshold", value_name = "FIGURE<BOUND")]
+    pub thresholds: Vec<Threshold>,
+    /// `own` starts PostgreSQL and Kafka for this run; `environment` uses those of TEST_DATABASE_URL, KAFKA_BROKERS and
+    /// TEST_ROLE_PASSWORD, as `./dev env` prints them.
+    #[arg(long, value_enum, default_value_t = Where::Own)]
+    pub servers: Where,
+    /// Partitions of each topic.
+    #[arg(long, value_name = "COUNT", default_value = "12", value_parser = clap::value_parser!(i32).range(1..=1_000))]
+    pub partitions: i32,
+    /// A setting of either service, e.g. `RATE_LIMIT=unlimited`; repeatable. The environment's own settings are not passed on.
+    #[arg(long = "set", value_name = "NAME=VALUE", value_parser = setting)]
+    pub settings: Vec<(String, String)>,
+    /// Give up when nothing has moved for this long.
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
+    pub patience: Duration,
+    /// The JSON file; by default `loadtest/<command>-<time>.json` in the build's target folder. The report with its pictures stands
+    /// beside it, as `.html`.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// The JSON file of an earlier run to compare with.
+    #[arg(long, value_name = "FILE")]
+    pub baseline: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -228,6 +299,14 @@ fn duration(text: &str) -> Result<Duration, String> {
         return Err("allowed are 1s to 1h".to_owned());
     }
     Ok(duration)
+}
+
+fn skew(text: &str) -> Result<f64, String> {
+    let skew: f64 = text.parse().map_err(|_| "write a number, e.g. 3".to_owned())?;
+    if !(1.0..=10.0).contains(&skew) {
+        return Err("allowed are 1 to 10".to_owned());
+    }
+    Ok(skew)
 }
 
 fn setting(text: &str) -> Result<(String, String), String> {

@@ -6,7 +6,7 @@ use shared_events::envelope::format_timestamp;
 use sqlx::{ConnectOptions, Connection, Row, postgres::PgConnectOptions};
 use time::OffsetDateTime;
 
-use crate::{cli::CommonArgs, pg_recvlogical::PgRecvlogical, servers::Servers};
+use crate::{pg_recvlogical::PgRecvlogical, servers::Servers};
 
 /// What of PostgreSQL decides the figures.
 const POSTGRES_SETTINGS: [&str; 7] = [
@@ -41,7 +41,12 @@ pub struct Conditions {
 impl Conditions {
     /// # Errors
     /// If PostgreSQL does not answer.
-    pub async fn gather(servers: &Servers, args: &CommonArgs, reader: Option<&PgRecvlogical>) -> anyhow::Result<Self> {
+    pub async fn gather(
+        servers: &Servers,
+        partitions: i32,
+        settings: &[(String, String)],
+        reader: Option<&PgRecvlogical>,
+    ) -> anyhow::Result<Self> {
         Ok(Self {
             started_at: format_timestamp(OffsetDateTime::now_utc())?,
             command: std::env::args().collect(),
@@ -51,8 +56,8 @@ impl Conditions {
             system: std::env::consts::OS,
             servers: servers.whose,
             postgres: postgres_settings(servers).await?,
-            topic: format!("{} partitions, one replica, LogAppendTime; acks=all", args.partitions),
-            settings: args.settings.clone(),
+            topic: format!("{partitions} partitions, one replica, LogAppendTime; acks=all"),
+            settings: settings.to_vec(),
             pg_recvlogical: reader.map(|reader| reader.version.clone()),
         })
     }

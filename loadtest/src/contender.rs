@@ -146,32 +146,84 @@ impl Contender {
         role: &str,
         kind: Option<RelayKind>,
     ) -> anyhow::Result<()> {
-        let address = format!("127.0.0.1:{}", servers::free_port()?);
-        let mut command = service(&servers::program("logistics-svc")?);
-        command
-            .arg(role)
-            .env("LOGISTICS_DATABASE_URL", place.logistics_url.as_str())
-            .env("LOGISTICS_RELAY_DATABASE_URL", place.relay_url.as_str())
-            .env("LOGISTICS_LISTEN", &address)
-            .env("KAFKA_BROKERS", &place.brokers)
-            .env("SHIPMENTS_TOPIC", place.topic.name())
-            .env("RELAY_SLOT", &place.slot)
-            .env("RELAY_CONFIRM_GROUP", &place.slot)
-            .env("LOG_FORMAT", "json");
+        let mut settings = Vec::new();
         if let Some(kind) = kind {
-            command
-                .env("RELAY_MODE", kind.mode.name())
-                .env("RELAY_LIFECYCLE", kind.lifecycle.name());
+            settings.push(("RELAY_MODE".to_owned(), kind.mode.name().to_owned()));
+            settings.push(("RELAY_LIFECYCLE".to_owned(), kind.lifecycle.name().to_owned()));
         }
-        command.envs(self.settings.iter().map(|(name, value)| (name, value)));
-        let name = format!("logistics-svc {role}");
-        let mut process = Process::spawn(&name, command, &place.log("logistics-svc"), Lifetime::Bound)?;
-        let ready = format!("http://{address}/health/ready");
-        health::wait_until_ready(&mut process, &ready, READY_DEADLINE).await?;
+        settings.extend_from_slice(&self.settings);
+        let (process, address) = spawn_logistics(place, role, &settings).await?;
         running.processes.push(Started::Process(process));
-        running.api = Some(format!("http://{address}"));
+        running.api = Some(address);
         Ok(())
     }
+}
+
+/// logistics-svc alone, in a role of its command line, with everything on its default but addresses, names and `settings`.
+///
+/// # Errors
+/// If it ends or is not ready in time, with the end of its log.
+pub async fn start_logistics(place: &Place, role: &str, settings: &[(String, String)]) -> anyhow::Result<Running> {
+    let (process, address) = spawn_logistics(place, role, settings).await?;
+    Ok(Running {
+        processes: vec![Started::Process(process)],
+        api: Some(address),
+    })
+}
+
+async fn spawn_logistics(
+    place: &Place,
+    role: &str,
+    settings: &[(String, String)],
+) -> anyhow::Result<(Process, String)> {
+    let address = format!("127.0.0.1:{}", servers::free_port()?);
+    let mut command = service(&servers::program("logistics-svc")?);
+    command
+        .arg(role)
+        .env("LOGISTICS_DATABASE_URL", place.logistics_url.as_str())
+        .env("LOGISTICS_RELAY_DATABASE_URL", place.relay_url.as_str())
+        .env("LOGISTICS_LISTEN", &address)
+        .env("KAFKA_BROKERS", &place.brokers)
+        .env("SHIPMENTS_TOPIC", place.topic.name())
+        .env("RELAY_SLOT", &place.slot)
+        .env("RELAY_CONFIRM_GROUP", &place.slot)
+        .env("LOG_FORMAT", "json")
+        .envs(settings.iter().map(|(name, value)| (name, value)));
+    let process = spawn(
+        &format!("logistics-svc {role}"),
+        command,
+        place,
+        "logistics-svc",
+        &address,
+    )
+    .await?;
+    Ok((process, format!("http://{address}")))
+}
+
+/// commerce-consumer, in the place's group.
+///
+/// # Errors
+/// If it ends or is not ready in time, with the end of its log.
+pub async fn start_commerce(place: &Place, settings: &[(String, String)]) -> anyhow::Result<Process> {
+    let address = format!("127.0.0.1:{}", servers::free_port()?);
+    let mut command = service(&servers::program("commerce-consumer")?);
+    command
+        .arg("consume")
+        .env("COMMERCE_DATABASE_URL", place.commerce_url.as_str())
+        .env("COMMERCE_LISTEN", &address)
+        .env("COMMERCE_GROUP", place.group_topics.group())
+        .env("KAFKA_BROKERS", &place.brokers)
+        .env("SHIPMENTS_TOPIC", place.topic.name())
+        .env("LOG_FORMAT", "json")
+        .envs(settings.iter().map(|(name, value)| (name, value)));
+    spawn("commerce-consumer", command, place, "commerce-consumer", &address).await
+}
+
+async fn spawn(name: &str, command: Command, place: &Place, log: &str, address: &str) -> anyhow::Result<Process> {
+    let mut process = Process::spawn(name, command, &place.log(log), Lifetime::Bound)?;
+    let ready = format!("http://{address}/health/ready");
+    health::wait_until_ready(&mut process, &ready, READY_DEADLINE).await?;
+    Ok(process)
 }
 
 /// Kafka Connect as `./dev up --relay external` runs it, on the place's slot and topic.
@@ -220,6 +272,11 @@ impl Started {
 }
 
 impl Running {
+    /// One more, which is stopped before those that run already.
+    pub fn add(&mut self, process: Process) {
+        self.processes.push(Started::Process(process));
+    }
+
     /// Names and identities of what runs.
     ///
     /// # Errors

@@ -239,7 +239,8 @@ impl Measured {
 }
 
 impl Quantiles {
-    fn of(micros: &Histogram<u64>) -> Self {
+    /// Of microseconds.
+    pub fn of(micros: &Histogram<u64>) -> Self {
         let at = |quantile: f64| micros.value_at_quantile(quantile) as f64 / 1e3;
         Self {
             count: micros.len(),

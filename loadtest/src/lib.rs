@@ -1,5 +1,5 @@
-//! The measuring side: how fast a relay drains a backlog, how long an event takes from append to broker, and what the
-//! peers reach on the same rows in the same run. Every figure comes with an account of the events: rows in, distinct
+//! The measuring side: how many shipments a second the pair completes, how fast a relay drains a backlog, how long an event takes,
+//! and what the peers reach in the same run. Every figure comes with an account of the events: rows in, distinct
 //! rows out.
 //!
 //! Modules in the order in which a run meets them:
@@ -49,8 +49,23 @@ pub mod drain;
 /// The measurement of append → broker.
 pub mod latency;
 
+/// Requests on one raw connection.
+pub mod http;
+
+/// Requests by schedule or in a closed loop, with every answer's times.
+pub mod load;
+
+/// The measurement of completions over the REST interface, with the whole pair.
+pub mod complete;
+
+/// Bounds that figures must meet.
+pub mod threshold;
+
 /// What the figures were measured on.
 pub mod conditions;
 
 /// A table for people, JSON for everything else.
 pub mod report;
+
+/// The report with its pictures: one file that needs nothing else.
+pub mod html;

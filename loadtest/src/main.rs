@@ -1,7 +1,8 @@
-//! `loadtest drain` and `loadtest latency`: measure, account, report, leave nothing behind.
+//! `loadtest drain`, `latency`, `complete` and `outbox`: measure, account, report, leave nothing behind.
 
 use std::{
     io::{self, Write},
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
@@ -13,14 +14,16 @@ use devstack::{
     progress::Progress,
 };
 use loadtest::{
-    cli::{Cli, Command, CommonArgs, DrainArgs, LatencyArgs, Mode, Peer},
+    cli::{Cli, Command, DrainArgs, LatencyArgs, Mode, PairArgs, Peer},
+    complete::{self, Scenario, pgbench},
     conditions::Conditions,
     contender::Contender,
     drain::{self, Drained},
+    html,
     latency::{self, Measured},
     pg_recvlogical::PgRecvlogical,
     place::Place,
-    report::{self, Report},
+    report::{self, Baseline, Report},
     servers::Servers,
 };
 use serde::Serialize;
@@ -88,6 +91,8 @@ async fn measure(cli: &Cli, made: &mut Made, progress: &Progress) -> anyhow::Res
     match &cli.command {
         Command::Drain(args) => measure_drain(args, made, progress).await,
         Command::Latency(args) => measure_latency(args, made, progress).await,
+        Command::Complete(args) => measure_pair(Scenario::Complete, args, made, progress).await,
+        Command::Outbox(args) => measure_pair(Scenario::Outbox, args, made, progress).await,
     }
 }
 
@@ -104,7 +109,8 @@ async fn measure_drain(args: &DrainArgs, made: &mut Made, progress: &Progress) -
         None
     };
     let servers = made.servers.insert(Servers::open(args.common.servers, progress).await?);
-    let conditions = Conditions::gather(servers, &args.common, reader.as_ref()).await?;
+    let conditions =
+        Conditions::gather(servers, args.common.partitions, &args.common.settings, reader.as_ref()).await?;
     let mut results = Vec::new();
     for contender in &contenders {
         let place = made.place.insert(Place::new(servers, args.common.partitions)?);
@@ -123,7 +129,8 @@ async fn measure_drain(args: &DrainArgs, made: &mut Made, progress: &Progress) -
         results,
         ratios,
     };
-    publish(&report, &report::drain_text(&report), &args.common, met)
+    publish(&report, &report::drain_text(&report), args.common.output.as_deref())?;
+    Ok(if met { Exit::Done } else { NOT_MET })
 }
 
 async fn measure_latency(args: &LatencyArgs, made: &mut Made, progress: &Progress) -> anyhow::Result<Exit> {
@@ -137,7 +144,7 @@ async fn measure_latency(args: &LatencyArgs, made: &mut Made, progress: &Progres
     }
     let contenders = Contender::all(&args.common)?;
     let servers = made.servers.insert(Servers::open(args.common.servers, progress).await?);
-    let conditions = Conditions::gather(servers, &args.common, None).await?;
+    let conditions = Conditions::gather(servers, args.common.partitions, &args.common.settings, None).await?;
     let mut results = Vec::new();
     for contender in &contenders {
         let place = made.place.insert(Place::new(servers, args.common.partitions)?);
@@ -156,17 +163,66 @@ async fn measure_latency(args: &LatencyArgs, made: &mut Made, progress: &Progres
         results,
         ratios,
     };
-    publish(&report, &report::latency_text(&report), &args.common, met)
+    publish(&report, &report::latency_text(&report), args.common.output.as_deref())?;
+    Ok(if met { Exit::Done } else { NOT_MET })
 }
 
-fn publish<T: Serialize>(report: &Report<T>, text: &str, args: &CommonArgs, met: bool) -> anyhow::Result<Exit> {
-    let path = match &args.output {
-        Some(path) => path.clone(),
+async fn measure_pair(
+    scenario: Scenario,
+    args: &PairArgs,
+    made: &mut Made,
+    progress: &Progress,
+) -> anyhow::Result<Exit> {
+    if args.pgbench.is_some() {
+        pgbench::find()?;
+    }
+    let baseline = args.baseline.as_deref().map(Baseline::read).transpose()?;
+    let servers = made.servers.insert(Servers::open(args.servers, progress).await?);
+    let conditions = Conditions::gather(servers, args.partitions, &args.settings, None).await?;
+    let mut results = Vec::new();
+    let mut peer = None;
+    for (number, connections) in args.connections.iter().enumerate() {
+        let place = made.place.insert(Place::new(servers, args.partitions)?);
+        results.push(complete::measure(scenario, args, *connections, place, progress).await?);
+        let last = number + 1 == args.connections.len();
+        if let Some(clients) = args.pgbench.filter(|_| last) {
+            let step = progress.step(format!("pgbench with {clients} clients"));
+            let measured = pgbench::measure(place, clients, args.duration.as_secs()).await?;
+            step.done(&format!(
+                "pgbench: {:.0} transactions per second",
+                measured.transactions_per_second
+            ));
+            peer = Some(measured);
+        }
+        if let Some(place) = made.place.take() {
+            place.remove().await?;
+        }
+    }
+    let ratios = report::complete_ratios(&results, peer.as_ref());
+    let met = results.iter().all(|completed| completed.failures.is_empty());
+    let report = Report {
+        kind: scenario.name(),
+        conditions,
+        results,
+        ratios,
+    };
+    let text = report::complete_text(&report, peer.as_ref(), baseline.as_ref());
+    let path = publish(&report, &text, args.output.as_deref())?;
+    let page = path.with_extension("html");
+    html::write(&page, &report, &text, met)?;
+    io::stdout().write_all(format!("the report: {}\n", page.display()).as_bytes())?;
+    Ok(if met { Exit::Done } else { NOT_MET })
+}
+
+/// Says where the figures are.
+fn publish<T: Serialize>(report: &Report<T>, text: &str, output: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let path = match output {
+        Some(path) => path.to_owned(),
         None => report::default_path(report.kind)?,
     };
     report.write(&path)?;
     io::stdout().write_all(format!("{text}all figures: {}\n", path.display()).as_bytes())?;
-    Ok(if met { Exit::Done } else { NOT_MET })
+    Ok(path)
 }
 
 fn usage(what: &str) -> anyhow::Error {

@@ -2,9 +2,11 @@ use std::{process::Command, time::Duration};
 
 use anyhow::{Context, bail};
 use devstack::{
-    database::{LOGISTICS, RELAY},
+    database::{COMMERCE, LOGISTICS, RELAY},
     process,
+    topics::{self, DEFAULT_TIERS},
 };
+use shared_events::topics::GroupTopics;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
@@ -30,8 +32,11 @@ pub struct Place {
     pub owner_url: Url,
     pub logistics_url: Url,
     pub relay_url: Url,
+    pub commerce_url: Url,
     pub brokers: String,
     pub topic: Topic,
+    /// Of the commerce consumer, whose group bears the name of the place.
+    pub group_topics: GroupTopics,
     /// The contender's replication slot.
     pub slot: String,
     /// Logs and files of its processes.
@@ -54,8 +59,10 @@ impl Place {
             owner_url: servers.owner_url(&name),
             logistics_url: servers.role_url(LOGISTICS, &name)?,
             relay_url: servers.role_url(RELAY, &name)?,
+            commerce_url: servers.role_url(COMMERCE, &name)?,
             brokers: servers.brokers.clone(),
             topic: Topic::new(&servers.brokers, &format!("{name}.shipments"), partitions),
+            group_topics: GroupTopics::new(format!("{name}.shipments"), &name),
             slot: name.clone(),
             database: name,
             dir: tempfile::tempdir().context("create a directory")?,
@@ -85,6 +92,22 @@ impl Place {
             MIGRATION_DEADLINE,
         )
         .await
+    }
+
+    /// Beside what [`Place::make`] made: commerce's schema, its retry topics and its dead-letter topic.
+    ///
+    /// # Errors
+    /// If a server does not answer, or a migration fails.
+    pub async fn make_commerce(&self) -> anyhow::Result<()> {
+        let partitions = self.topic.partitions();
+        topics::create(&self.brokers, &self.group_topics, DEFAULT_TIERS, partitions).await?;
+        let mut migrate = Command::new(servers::program("commerce-consumer")?);
+        migrate
+            .arg("migrate")
+            .env("COMMERCE_DATABASE_URL", self.commerce_url.as_str())
+            .env("COMMERCE_MIGRATION_DATABASE_URL", self.owner_url.as_str());
+        let log = self.log("migrate");
+        process::run("commerce-consumer migrate", migrate, &log, MIGRATION_DEADLINE).await
     }
 
     /// A connection of the owner of everything.
@@ -119,7 +142,7 @@ impl Place {
     /// # Errors
     /// If a server does not answer, or a slot stays in use.
     pub async fn remove(self) -> anyhow::Result<()> {
-        let topic = self.topic.delete().await;
+        let topics = topics::delete(&self.brokers, &self.group_topics, DEFAULT_TIERS).await;
         let mut connection = self.maintenance.connect().await.context("connect to PostgreSQL")?;
         let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)")
             .bind(&self.database)
@@ -134,7 +157,7 @@ impl Place {
                 .context("drop the database")?;
         }
         connection.close().await.context("close the connection")?;
-        topic
+        topics
     }
 }
 

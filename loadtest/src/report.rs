@@ -4,16 +4,22 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde::Serialize;
 use time::{OffsetDateTime, macros::format_description};
 
-use crate::{conditions::Conditions, drain::Drained, latency::Measured, usage::Usage};
+use crate::{
+    complete::{Completed, pgbench::Pgbench},
+    conditions::Conditions,
+    drain::Drained,
+    latency::Measured,
+    usage::Usage,
+};
 
 /// The whole result: what is written to the JSON file. Fields may be added, never changed.
 #[derive(Debug, Serialize)]
 pub struct Report<T> {
-    /// `drain` or `latency`.
+    /// `drain`, `latency`, `complete` or `outbox`.
     pub kind: &'static str,
     pub conditions: Conditions,
     pub results: Vec<T>,
@@ -105,6 +111,178 @@ pub fn latency_ratios(results: &[(bool, Measured)]) -> Vec<Ratio> {
         }
     }
     ratios
+}
+
+/// Completions per second over pgbench's transactions per second.
+pub fn complete_ratios(results: &[Completed], peer: Option<&Pgbench>) -> Vec<Ratio> {
+    let ratio = |ours: &Completed, peer: &Pgbench| Ratio {
+        contender: ours.contender.clone(),
+        peer: format!("pgbench x {}", peer.clients),
+        figure: "transactions per second",
+        ratio: ours.achieved / peer.transactions_per_second,
+    };
+    let peers = peer.into_iter();
+    peers
+        .flat_map(|peer| results.iter().map(move |ours| ratio(ours, peer)))
+        .collect()
+}
+
+/// An earlier result of `complete`, by contender: completions per second and p99 of the response.
+pub struct Baseline {
+    figures: Vec<(String, f64, f64)>,
+}
+
+impl Baseline {
+    /// # Errors
+    /// If the file is not the result of `complete`.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let read = || -> anyhow::Result<Vec<(String, f64, f64)>> {
+            let earlier: serde_json::Value = serde_json::from_slice(&fs::read(path)?)?;
+            ensure!(
+                earlier["kind"] == "complete",
+                "it is not a result of `loadtest complete`"
+            );
+            let results = earlier["results"].as_array().context("it has no results")?;
+            let figures = results.iter().filter_map(|result| {
+                let name = result["contender"].as_str()?.to_owned();
+                Some((name, result["achieved"].as_f64()?, result["response"]["p99"].as_f64()?))
+            });
+            Ok(figures.collect())
+        };
+        let figures = read().with_context(|| format!("--baseline {}", path.display()))?;
+        Ok(Self { figures })
+    }
+
+    fn text(&self, results: &[Completed]) -> String {
+        let mut text = String::new();
+        for result in results {
+            let earlier = self.figures.iter().find(|(name, ..)| *name == result.contender);
+            let line = match earlier {
+                None => format!("{}: not in the baseline", result.contender),
+                Some((name, rate, p99)) => format!(
+                    "{name}: {:+.1} % completions per second, {:+.1} % p99, against the baseline; one run each: not enough to tell",
+                    (result.achieved / rate - 1.0) * 100.0,
+                    (result.response.p99 / p99 - 1.0) * 100.0
+                ),
+            };
+            // A String takes everything that is written to it.
+            writeln!(text, "{line}").ok();
+        }
+        text
+    }
+}
+
+/// For people: verdict, tables, ratios, conditions.
+pub fn complete_text(report: &Report<Completed>, peer: Option<&Pgbench>, baseline: Option<&Baseline>) -> String {
+    let load = table(
+        &[
+            "contender",
+            "offered/s",
+            "achieved/s",
+            "answered",
+            "failed",
+            "dropped",
+            "peak memory",
+            "cpu s",
+            "generator cores",
+        ],
+        report.results.iter().map(|result| {
+            vec![
+                result.contender.clone(),
+                result
+                    .offered
+                    .map_or("closed loop".to_owned(), |offered| count(offered as f64)),
+                count(result.achieved),
+                count(result.answered as f64),
+                result.failed.to_string(),
+                result.dropped.to_string(),
+                memory(&result.usage),
+                cpu(&result.usage),
+                result
+                    .generator_cores
+                    .map_or("unknown".to_owned(), |cores| format!("{cores:.2}")),
+            ]
+        }),
+    );
+    let mut rows = Vec::new();
+    for result in &report.results {
+        let mut clocks = vec![
+            ("response", &result.response),
+            ("service", &result.service),
+            ("late start", &result.late_start),
+        ];
+        clocks.extend(
+            result
+                .broker
+                .as_ref()
+                .map(|broker| ("append → broker", &broker.append_to_broker)),
+        );
+        clocks.extend(
+            result
+                .commit_to_applied
+                .as_ref()
+                .map(|times| ("commit → applied", times)),
+        );
+        for (number, (clock, times)) in clocks.into_iter().enumerate() {
+            let name = if number == 0 {
+                result.contender.clone()
+            } else {
+                String::new()
+            };
+            let mut row = vec![name, clock.to_owned()];
+            let figures = [times.p50, times.p90, times.p95, times.p99, times.p99_9, times.max];
+            row.extend(figures.map(|figure| format!("{figure:.1}")));
+            row.push(times.count.to_string());
+            rows.push(row);
+        }
+    }
+    let head = [
+        "contender",
+        "clock, ms",
+        "p50",
+        "p90",
+        "p95",
+        "p99",
+        "p99.9",
+        "max",
+        "count",
+    ];
+    let times = table(&head, rows.into_iter());
+    let mut accounts = String::new();
+    for result in report.results.iter().filter(|result| !result.checks.is_empty()) {
+        let wrong: i64 = result.checks.iter().map(|(_, rows)| rows).sum();
+        let line = format!(
+            "{}: {} events, {} checks of every row, {wrong} rows that must not be; {} records in the topic, {} of them twice; drained {:.1} s after the last answer",
+            result.contender,
+            count(result.events as f64),
+            result.checks.len(),
+            result.broker.as_ref().map_or(0, |broker| broker.records),
+            result.broker.as_ref().map_or(0, |broker| broker.duplicates),
+            result.drain_seconds.unwrap_or_default()
+        );
+        writeln!(accounts, "{line}").ok();
+    }
+    let peer = peer.map_or(String::new(), |peer| {
+        format!(
+            "{} with {} clients: {} transactions per second, {:.1} ms on average\n",
+            peer.version,
+            peer.clients,
+            count(peer.transactions_per_second),
+            peer.latency_ms
+        )
+    });
+    let failures = failures(
+        report
+            .results
+            .iter()
+            .map(|result| (&result.contender, &result.failures)),
+    );
+    format!(
+        "{load}\n{times}\n{accounts}{peer}{}{}{failures}{}",
+        ratios(&report.ratios),
+        baseline.map_or(String::new(), |baseline| baseline.text(&report.results)),
+        conditions(&report.conditions)
+    )
 }
 
 /// For people: verdict, table, ratios, conditions.

@@ -2,10 +2,12 @@ use std::{fs, time::Duration};
 
 use devstack::process::ProcessIdentity;
 use serde::Serialize;
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 const INTERVAL: Duration = Duration::from_millis(100);
+/// Samples from one moment of the series to the next: a second.
+const PER_MOMENT: u64 = 10;
 /// Of the times in `/proc`; fixed for every Linux program.
 const TICKS_PER_SECOND: f64 = 100.0;
 
@@ -19,6 +21,16 @@ pub struct Usage {
     pub sampled_peak_kib: Option<u64>,
     pub samples: u64,
     /// Processor time since its start, in seconds.
+    pub cpu_seconds: Option<f64>,
+    pub series: Vec<Moment>,
+}
+
+/// Once a second.
+#[derive(Debug, Clone, Serialize)]
+pub struct Moment {
+    /// Seconds since the watch began.
+    pub at: f64,
+    pub resident_kib: Option<u64>,
     pub cpu_seconds: Option<f64>,
 }
 
@@ -64,10 +76,11 @@ async fn watch(process: String, identity: ProcessIdentity, stop: CancellationTok
         process,
         ..Usage::default()
     };
+    let began = Instant::now();
     loop {
         let last = stop.is_cancelled();
         if identity.is_alive() {
-            usage.sample(identity.pid);
+            usage.sample(identity.pid, began);
         }
         if last {
             return usage;
@@ -80,13 +93,21 @@ async fn watch(process: String, identity: ProcessIdentity, stop: CancellationTok
 }
 
 impl Usage {
-    fn sample(&mut self, pid: i32) {
+    fn sample(&mut self, pid: i32, began: Instant) {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         self.peak_kib = kib(&status, "VmHWM:").or(self.peak_kib);
-        self.sampled_peak_kib = self.sampled_peak_kib.max(kib(&status, "VmRSS:"));
-        self.samples += 1;
+        let resident_kib = kib(&status, "VmRSS:");
+        self.sampled_peak_kib = self.sampled_peak_kib.max(resident_kib);
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         self.cpu_seconds = cpu_seconds(&stat).or(self.cpu_seconds);
+        if self.samples.is_multiple_of(PER_MOMENT) {
+            self.series.push(Moment {
+                at: began.elapsed().as_secs_f64(),
+                resident_kib,
+                cpu_seconds: self.cpu_seconds,
+            });
+        }
+        self.samples += 1;
     }
 }
 

@@ -49,6 +49,8 @@ pub(crate) const MAX_LINES_OF_A_CALL: usize = 100_000;
 #[derive(Debug, Clone)]
 pub enum Work {
     Create(Vec<NewShipment>),
+    /// The event of a creation without the shipment: of the load test only.
+    AppendOnly(NewShipment),
     /// Carried out in this order; an id may occur again.
     Change(Vec<Change>),
 }
@@ -246,7 +248,7 @@ impl Request {
                 [change] => Some(change),
                 _ => None,
             },
-            Work::Create(_) => None,
+            Work::Create(_) | Work::AppendOnly(_) => None,
         }
     }
 }
@@ -336,6 +338,7 @@ impl Shared {
         let by_outbox = |order_id: &str| self.switch.mode_of(order_id) == Mode::Outbox;
         Ok(match &request.work {
             Work::Create(new) => !new.iter().all(|new| by_outbox(&new.order_id)),
+            Work::AppendOnly(new) => !by_outbox(&new.order_id),
             Work::Change(changes) => {
                 let ids: Vec<i64> = changes.iter().map(|change| change.id).collect();
                 let orders = shipments::order_ids(&self.pool, &ids).await?;
@@ -516,7 +519,16 @@ impl Shared {
             }
         }
         let (outcomes, events) = match &request.work {
-            Work::Create(new) => self.create(tx, new, request.traceparent.clone()).await?,
+            Work::Create(new) => {
+                let (created, events) = self.new_shipments(tx, new, request.traceparent.clone()).await?;
+                shipments::insert(tx, &created).await?;
+                (outcomes(created), events)
+            }
+            Work::AppendOnly(new) => {
+                let new = std::slice::from_ref(new);
+                let (created, events) = self.new_shipments(tx, new, request.traceparent.clone()).await?;
+                (outcomes(created), events)
+            }
             Work::Change(changes) => self.change(tx, changes, request.traceparent.clone()).await?,
         };
         self.outbox.append(tx, &events).await?;
@@ -529,12 +541,13 @@ impl Shared {
         Ok(Ending::Commit(answer, events))
     }
 
-    async fn create(
+    /// With their ids and events; nothing is written.
+    async fn new_shipments(
         &self,
         tx: &mut PgTransaction<'_>,
         new: &[NewShipment],
         traceparent: Option<String>,
-    ) -> Result<(Vec<Outcome>, Vec<NewEvent>), ChangeError> {
+    ) -> Result<(Vec<Shipment>, Vec<NewEvent>), ChangeError> {
         let ids = shipments::next_ids(tx, new.len()).await?;
         let occasion = self.occasion(traceparent);
         let mut created = Vec::with_capacity(new.len());
@@ -544,9 +557,7 @@ impl Shared {
             events.push(announce::new_event(&changed, &occasion)?);
             created.push(changed.shipment);
         }
-        shipments::insert(tx, &created).await?;
-        let outcomes = created.into_iter().map(|shipment| Outcome::Changed(Box::new(shipment)));
-        Ok((outcomes.collect(), events))
+        Ok((created, events))
     }
 
     /// Lock, decide, update: set-based, so that one change costs what it must and 10,000 do not cost 10,000 times that.
@@ -598,6 +609,11 @@ impl Shared {
     }
 }
 
+fn outcomes(created: Vec<Shipment>) -> Vec<Outcome> {
+    let changed = |shipment| Outcome::Changed(Box::new(shipment));
+    created.into_iter().map(changed).collect()
+}
+
 /// A server that vanished without a reset never answers, and its own statement timeout vanished with it. The connection may be
 /// inside a transaction: nobody else may get it (HAZARDS H3).
 fn give_up(connection: &mut PoolConnection<Postgres>) -> ChangeError {
@@ -638,7 +654,7 @@ pub(crate) fn log_failure(error: &ChangeError, request: &Request) {
     let trace_id = request.traceparent.as_deref().and_then(|text| text.get(3..35));
     let first_shipment = match &request.work {
         Work::Change(changes) => changes.first().map(|change| change.id),
-        Work::Create(_) => None,
+        Work::Create(_) | Work::AppendOnly(_) => None,
     };
     match error {
         ChangeError::Fault(Fault::Defect(_)) | ChangeError::Encode(_) | ChangeError::Broken(_) => {

@@ -139,6 +139,9 @@ pub struct EventSettings {
     /// above the topic's `max.message.bytes` lets events in that the broker refuses for ever.
     #[arg(long, env = "MAX_EVENT_BYTES", default_value = "1000000", value_parser = clap::value_parser!(u32).range(1_000..=1_048_576))]
     pub max_event_bytes: u32,
+    /// `true` serves `POST /load-test/outbox`, which appends events of shipments that do not exist. Never where the events are believed.
+    #[arg(long, env = "LOAD_TEST_ENDPOINT", default_value_t = false, action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub load_test_endpoint: bool,
 }
 
 #[derive(Debug, Clone, Args)]

@@ -191,6 +191,7 @@ async fn start(roles: Roles, telemetry: Telemetry) -> anyhow::Result<Started> {
                     switch: switch.clone(),
                     grants,
                 },
+                load_test: roles.api.as_ref().is_some_and(|(events, _)| events.load_test_endpoint),
             };
             crate::http::app(Some(api), admin, operations, &roles.http)
         }

@@ -8,6 +8,7 @@ use std::{
 use anyhow::Context;
 use serde_json::Value;
 
+mod complete;
 mod drain;
 mod latency;
 mod usage;

@@ -47,6 +47,8 @@ pub struct Api {
     pub changes: ChangeShipments,
     pub shipments: FindShipments,
     pub flag: FlagAdmin,
+    /// Whether the endpoint of the load test is there.
+    pub load_test: bool,
 }
 
 #[derive(OpenApi)]
@@ -87,7 +89,11 @@ fn routes(api: Option<Api>, admin: Admin) -> (Router, Router, Specification) {
         .routes(routes!(flag::compared))
         .with_state(api.flag.clone())
         .split_for_parts();
-    let shipments = OpenApiRouter::new()
+    let load_test = match api.load_test {
+        true => OpenApiRouter::new().routes(routes!(shipments::append_only)),
+        false => OpenApiRouter::new(),
+    };
+    let shipments = load_test
         .routes(routes!(shipments::list, shipments::create))
         .routes(routes!(shipments::create_many))
         .routes(routes!(shipments::complete_many))

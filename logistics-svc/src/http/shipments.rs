@@ -54,6 +54,24 @@ pub(super) async fn create_many(State(api): State<Api>, posted: Posted) -> Resul
     execute(&api, work, posted.key("createShipments"), answer::created_many).await
 }
 
+/// Append the event of a creation and create nothing: load test 1, what outbox, relay and broker carry by themselves.
+///
+/// Only where the setting `load-test-endpoint` is on. The event's shipment exists nowhere in logistics.
+#[utoipa::path(post, path = "/load-test/outbox", operation_id = "appendOnly", tag = "load test",
+    request_body = CreateShipment, params(("Idempotency-Key" = Option<String>, Header)),
+    responses((status = 201, description = "The event is committed", body = ShipmentView, headers(("Location" = String))), CreateProblems))]
+pub(super) async fn append_only(State(api): State<Api>, posted: Posted) -> Result<Response, Problem> {
+    let new = NewShipment::from(posted.body.parse::<CreateShipment>()?);
+    new.check().map_err(|error| invalid("", &error))?;
+    execute(
+        &api,
+        Work::AppendOnly(new),
+        posted.key("appendOnly"),
+        answer::created_one,
+    )
+    .await
+}
+
 /// Read a shipment.
 ///
 /// The `ETag` is the sequence of its last event; `If-None-Match` saves the body.

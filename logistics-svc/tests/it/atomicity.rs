@@ -180,3 +180,16 @@ async fn a_server_that_hangs_up_during_the_greeting_is_away_and_no_defect() {
         assert_eq!(answer.json()["code"], "unavailable");
     }
 }
+
+#[tokio::test]
+async fn the_load_tests_endpoint_appends_an_event_and_nothing_else() {
+    let service = TestService::start().await;
+    let answer = service.post("/load-test/outbox", new_shipment("10248")).await;
+    let id = answer.id();
+    let count =
+        async |query: &'static str| -> i64 { sqlx::query_scalar(query).fetch_one(&service.owner).await.unwrap() };
+    assert_eq!(count("SELECT count(*) FROM logistics.shipments").await, 0);
+    let events = "SELECT count(*) FROM logistics.outbox WHERE type = 'ShipmentCreated' AND sequence = 1";
+    assert_eq!(count(events).await, 1);
+    service.get(&format!("/v1/shipments/{id}")).await.expect(404);
+}

@@ -133,6 +133,9 @@ async fn metrics_tell_changes_and_latencies() {
         .await
         .unwrap();
     assert_eq!(created.status().as_u16(), 201);
+    // Off unless it is asked for.
+    let load_test = client.post(format!("http://{listen}/load-test/outbox")).send();
+    assert_eq!(load_test.await.unwrap().status().as_u16(), 404);
     let metrics = client
         .get(format!("http://{listen}/metrics"))
         .send()

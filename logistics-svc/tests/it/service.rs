@@ -159,6 +159,7 @@ impl TestService {
                 switch: switch.clone(),
                 grants: grants.clone(),
             },
+            load_test: true,
         };
         let admin = Admin {
             operator: Operator::new(SCHEMA, pool.clone()),
