@@ -225,8 +225,20 @@ impl Engine {
         if !cache && self.data.exists() {
             fs::remove_dir_all(&self.data).with_context(|| format!("remove {}", self.data.display()))?;
         }
+        unmount_below(&self.run)?;
         fs::remove_dir_all(&self.run).with_context(|| format!("remove {}", self.run.display()))
     }
+}
+
+/// The engine leaves the mount of its network namespace.
+fn unmount_below(dir: &Path) -> anyhow::Result<()> {
+    let mounts = fs::read_to_string("/proc/mounts").context("read /proc/mounts")?;
+    let targets = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    for target in targets.filter(|target| Path::new(target).starts_with(dir)) {
+        let unmounted = Command::new("umount").arg(target).output().context("run umount")?;
+        said(&format!("umount {target}"), unmounted)?;
+    }
+    Ok(())
 }
 
 fn host(run: &Path) -> String {
