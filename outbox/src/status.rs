@@ -296,7 +296,7 @@ impl Metrics {
                 .build(),
             failures: meter
                 .u64_counter("relay.failures")
-                .with_unit("1")
+                .with_unit("{failure}")
                 .with_description("Sessions of the relay that ended in an error")
                 .build(),
             set_aside: meter
