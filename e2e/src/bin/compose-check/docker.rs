@@ -158,6 +158,26 @@ impl Docker {
         made.push(image.to_owned());
     }
 
+    /// Runs `promtool test rules` on the alert rules of a directory.
+    ///
+    /// # Errors
+    /// If an alert does not fire, or fires when it should not.
+    pub(crate) async fn test_rules(&self, image: &str, rules: &Path) -> anyhow::Result<()> {
+        let mount = format!("{}:/rules:ro", rules.display());
+        let promtool = [
+            "run",
+            "--rm",
+            "--network=none",
+            "--entrypoint=promtool",
+            "--volume",
+            &mount,
+            image,
+        ];
+        let mut test = self.command(&promtool);
+        test.args(["test", "rules", "/rules/alerts_test.yml"]);
+        self.run("promtool test rules", test, PULL_DEADLINE).await
+    }
+
     /// Bytes of an image.
     pub(crate) async fn size(&self, image: &str) -> anyhow::Result<u64> {
         let size = self.ask(&["image", "inspect", "--format", "{{.Size}}", image]).await?;

@@ -132,6 +132,11 @@ async fn check(cli: &Cli, root: &Path, made: &mut Made, progress: &Progress) -> 
     let docker = made.docker.insert(docker);
     let contexts = made.place.dir().join("contexts");
     stand_ins::ensure(docker, root, &contexts, &log, cli, progress).await?;
+    let step = progress.step("testing the alert rules");
+    docker
+        .test_rules(stand_ins::PROMETHEUS, &root.join("compose/prometheus"))
+        .await?;
+    step.done("each alert fires when it should");
     image::build(docker, root, &contexts, cli.prebuilt, progress).await?;
 
     let project = made

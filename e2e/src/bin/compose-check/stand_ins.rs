@@ -15,6 +15,8 @@ use crate::{
 
 const DEADLINE: Duration = Duration::from_secs(20 * 60);
 const DEBIAN: &str = "debian:bookworm-slim";
+/// Its `promtool` tests the alert rules.
+pub(crate) const PROMETHEUS: &str = "prom/prometheus:v3.5.0";
 const MIRROR: &str = "http://deb.debian.org/debian";
 
 /// As the official image has it: apt keeps no packages and no index of them, which would double the layers.
@@ -29,6 +31,7 @@ enum Image {
     Postgres,
     Kafka,
     Debezium,
+    Prometheus,
 }
 
 impl Image {
@@ -39,6 +42,7 @@ impl Image {
             Self::Postgres => "postgres:18",
             Self::Kafka => "apache/kafka:4.1.0",
             Self::Debezium => "quay.io/debezium/connect:3.6.0.Final",
+            Self::Prometheus => PROMETHEUS,
         }
     }
 
@@ -50,6 +54,7 @@ impl Image {
             Self::Postgres => "postgres",
             Self::Kafka => "kafka",
             Self::Debezium => "debezium",
+            Self::Prometheus => "prometheus",
         }
     }
 }
@@ -63,7 +68,7 @@ pub(crate) async fn ensure(
     cli: &Cli,
     progress: &Progress,
 ) -> anyhow::Result<()> {
-    let mut wanted = vec![Image::Debian, Image::Postgres, Image::Kafka];
+    let mut wanted = vec![Image::Debian, Image::Postgres, Image::Kafka, Image::Prometheus];
     if !cli.prebuilt {
         wanted.push(Image::Rust);
     }
@@ -153,7 +158,7 @@ impl Maker<'_> {
         fs::create_dir_all(self.context.parent().context("a context is in a folder")?)?;
         self.copy(&folder, &self.context).await?;
         match image {
-            Image::Debian => Ok(()),
+            Image::Debian | Image::Prometheus => Ok(()),
             Image::Rust => {
                 let sysroot = docker::output(command("rustc", &["--print", "sysroot"])).await?;
                 let sysroot = docker::said("rustc --print sysroot", sysroot)?;
