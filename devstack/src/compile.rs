@@ -11,32 +11,42 @@ use anyhow::{Context, bail};
 use serde::Deserialize;
 
 use crate::process::{Lifetime, Process};
-use crate::progress::Progress;
+use crate::progress::{Progress, Step};
 use crate::services::Binaries;
 
 const POLL: Duration = Duration::from_millis(150);
 const DEADLINE: Duration = Duration::from_secs(60 * 60);
 
 /// Builds both services of the workspace in `root`; cargo's messages go to `log`.
-///
-/// The whole workspace is selected, as `./dev` itself and the tests do: the same choice of features, so that no
-/// dependency is compiled twice.
 pub async fn services(root: &Path, release: bool, log: &Path, progress: &Progress) -> anyhow::Result<Binaries> {
     let step = progress.step("building the services");
+    let messages = build(root, &["logistics-svc", "commerce-consumer"], release, log, &step).await?;
+    step.done("services built");
+    Ok(Binaries {
+        logistics: messages.executable("logistics-svc")?,
+        commerce: messages.executable("commerce-consumer")?,
+    })
+}
+
+/// Builds one binary of the workspace in `root`; cargo's messages go to `log`.
+pub async fn binary(root: &Path, name: &str, log: &Path, progress: &Progress) -> anyhow::Result<PathBuf> {
+    let step = progress.step(format!("building {name}"));
+    let messages = build(root, &[name], false, log, &step).await?;
+    step.done(&format!("{name} built"));
+    messages.executable(name)
+}
+
+/// The whole workspace is selected, as `./dev` itself and the tests do: the same choice of features, so that no
+/// dependency is compiled twice.
+async fn build(root: &Path, names: &[&str], release: bool, log: &Path, step: &Step) -> anyhow::Result<Messages> {
     if log.exists() {
         fs::remove_file(log).context("remove the log of the last build")?;
     }
     let mut cargo = Command::new("cargo");
-    cargo.current_dir(root).args([
-        "build",
-        "--workspace",
-        "--bin",
-        "logistics-svc",
-        "--bin",
-        "commerce-consumer",
-        "--message-format",
-        "json-render-diagnostics",
-    ]);
+    cargo
+        .current_dir(root)
+        .args(["build", "--workspace", "--message-format", "json-render-diagnostics"])
+        .args(names.iter().flat_map(|name| ["--bin", name]));
     if release {
         cargo.arg("--release");
     }
@@ -63,10 +73,9 @@ pub async fn services(root: &Path, release: bool, log: &Path, progress: &Progres
     if !status.success() {
         let text = fs::read_to_string(log).context("read the log of the build")?;
         let human: Vec<&str> = text.lines().filter(|line| !line.starts_with('{')).collect();
-        bail!("the services do not build:\n{}", human.join("\n"));
+        bail!("{} does not build:\n{}", names.join(", "), human.join("\n"));
     }
-    step.done("services built");
-    messages.binaries()
+    Ok(messages)
 }
 
 /// What cargo has said so far.
@@ -126,15 +135,9 @@ impl Messages {
         self.last = Some(target.name);
     }
 
-    fn binaries(&self) -> anyhow::Result<Binaries> {
-        let find = |name: &str| {
-            let path = self.executables.get(name).cloned();
-            path.with_context(|| format!("cargo built no binary `{name}`"))
-        };
-        Ok(Binaries {
-            logistics: find("logistics-svc")?,
-            commerce: find("commerce-consumer")?,
-        })
+    fn executable(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let path = self.executables.get(name).cloned();
+        path.with_context(|| format!("cargo built no binary `{name}`"))
     }
 }
 
@@ -150,8 +153,8 @@ mod tests {
         messages.hear(r#"{"reason":"compiler-artifact","target":{"name":"logistics-svc"},"executable":"/t/a"}"#);
         messages.hear(r#"{"reason":"build-finished","success":true}"#);
         assert_eq!(messages.crates, 2);
-        assert!(messages.binaries().is_err());
+        assert!(messages.executable("commerce-consumer").is_err());
         messages.hear(r#"{"reason":"compiler-artifact","target":{"name":"commerce-consumer"},"executable":"/t/b"}"#);
-        assert_eq!(messages.binaries().unwrap().commerce, PathBuf::from("/t/b"));
+        assert_eq!(messages.executable("commerce-consumer").unwrap(), PathBuf::from("/t/b"));
     }
 }

@@ -32,6 +32,7 @@ enum Command {
     Status(commands::status::StatusArgs),
     Doctor(commands::doctor::DoctorArgs),
     Env(commands::env::EnvArgs),
+    ComposeCheck(commands::compose_check::ComposeCheckArgs),
 }
 
 fn main() -> ExitCode {
@@ -58,6 +59,7 @@ fn run(cli: &Cli) -> anyhow::Result<Exit> {
             Command::Doctor(args) => commands::doctor::run(args).await,
             Command::Down(args) => commands::down::run(args).await,
             Command::Env(args) => commands::env::run(args),
+            Command::ComposeCheck(args) => commands::compose_check::run(args).await,
         }
     })
 }

@@ -46,6 +46,11 @@ impl Servers {
         Ok(Self { dir })
     }
 
+    /// Holds `postgres/` and `kafka/`.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// A program of PostgreSQL: `initdb`, `pg_ctl` or `postgres`.
     pub fn postgres(&self, program: &str) -> PathBuf {
         self.dir.join("postgres/bin").join(program)

@@ -72,6 +72,14 @@ impl Client {
         Ok((status, answer))
     }
 
+    /// One POST with a key of its own, whatever the answer is.
+    ///
+    /// # Errors
+    /// If there is no answer or it is not JSON.
+    pub async fn try_post(&self, path: &str, body: &Value) -> anyhow::Result<(StatusCode, Value)> {
+        self.attempt(path, body, &Uuid::now_v7().to_string()).await
+    }
+
     /// One GET, as JSON.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::{
     time::Duration,
 };
 
-use shared_events::Envelope;
+use shared_events::{Envelope, topics::GroupTopics};
 use sqlx::{AssertSqlSafe, PgPool, Row};
 use uuid::Uuid;
 
@@ -223,6 +223,19 @@ pub async fn quiet(owner: &PgPool, deadline: Duration) -> anyhow::Result<()> {
 /// # Errors
 /// If database or broker do not answer.
 pub async fn check(place: &Place, owner: &PgPool, promises: &[Promise]) -> anyhow::Result<Ledger> {
+    check_at(&place.brokers, &place.topics, owner, promises).await
+}
+
+/// The same of a pair that runs elsewhere.
+///
+/// # Errors
+/// If database or broker do not answer.
+pub async fn check_at(
+    brokers: &str,
+    topics: &GroupTopics,
+    owner: &PgPool,
+    promises: &[Promise],
+) -> anyhow::Result<Ledger> {
     let mut violations = Vec::new();
     for (check, query) in CHECKS {
         let rows = format!("SELECT count(*) FROM ({query}) AS found");
@@ -243,7 +256,7 @@ pub async fn check(place: &Place, owner: &PgPool, promises: &[Promise]) -> anyho
         .await?;
     let mut retried = 0;
     for tier in 1..=TIERS {
-        retried += topic::count(&place.brokers, &place.topics.retry(tier)).await?;
+        retried += topic::count(brokers, &topics.retry(tier)).await?;
     }
     Ok(Ledger {
         committed: committed.len() as i64,
@@ -255,9 +268,9 @@ pub async fn check(place: &Place, owner: &PgPool, promises: &[Promise]) -> anyho
             .await?,
         promises: promises.len(),
         violations,
-        wire: wire(place, &committed).await?,
+        wire: wire(brokers, topics.main(), &committed).await?,
         retried,
-        dead_letters: topic::count(&place.brokers, &place.topics.dead_letter()).await?,
+        dead_letters: topic::count(brokers, &topics.dead_letter()).await?,
     })
 }
 
@@ -278,11 +291,11 @@ async fn broken_promises(owner: &PgPool, promises: &[Promise]) -> anyhow::Result
         .await?)
 }
 
-async fn wire(place: &Place, committed: &[Uuid]) -> anyhow::Result<Wire> {
+async fn wire(brokers: &str, main: &str, committed: &[Uuid]) -> anyhow::Result<Wire> {
     let mut wire = Wire::default();
     let mut seen = HashSet::new();
     let mut last_of_key: HashMap<String, i64> = HashMap::new();
-    for record in topic::read(&place.brokers, place.topics.main()).await? {
+    for record in topic::read(brokers, main).await? {
         wire.records += 1;
         let envelope = Envelope::decode(record.value.as_deref().unwrap_or_default())?;
         if !seen.insert(envelope.id) {

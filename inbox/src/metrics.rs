@@ -56,7 +56,7 @@ impl Metrics {
         };
         let stage = |name: &'static str| [KeyValue::new("stage", name)];
         observe(status, limits);
-        Self {
+        let metrics = Self {
             applied: counter("inbox.applied", "events that took effect"),
             duplicates: counter("inbox.duplicates", "events that had taken effect before"),
             skipped: counter("inbox.skipped", "events of a type that is not for this service"),
@@ -74,7 +74,18 @@ impl Metrics {
             consume: stage("consume"),
             apply: stage("apply"),
             end_to_end: stage("end_to_end"),
+        };
+        // A counter that appears with its first event has not risen, for whoever watches the rise.
+        for counter in [
+            &metrics.applied,
+            &metrics.duplicates,
+            &metrics.skipped,
+            &metrics.parked,
+            &metrics.faults,
+        ] {
+            counter.add(0, &[]);
         }
+        metrics
     }
 
     pub(crate) fn waited(&self, budget: Budget, wait: Duration) {

@@ -140,14 +140,18 @@ impl StatusWriter {
             source,
             last_switch: None,
         };
+        let switches = opentelemetry::global::meter("outbox")
+            .u64_counter("relay.switches")
+            .with_unit("{switch}")
+            .with_description("Changes of source that the relay made by itself")
+            .build();
+        for (from, to) in [(Source::Wal, Source::Poll), (Source::Poll, Source::Wal)] {
+            switches.add(0, &switch_labels(from, to));
+        }
         Self {
             view: watch::Sender::new(view),
             seen: Arc::default(),
-            switches: opentelemetry::global::meter("outbox")
-                .u64_counter("relay.switches")
-                .with_unit("{switch}")
-                .with_description("Changes of source that the relay made by itself")
-                .build(),
+            switches,
         }
     }
 
@@ -206,8 +210,7 @@ impl StatusWriter {
             true
         });
         if let Some(from) = from {
-            let labels = [KeyValue::new("from", from.name()), KeyValue::new("to", to.name())];
-            self.switches.add(1, &labels);
+            self.switches.add(1, &switch_labels(from, to));
             tracing::warn!(
                 from = from.name(),
                 to = to.name(),
@@ -279,7 +282,7 @@ impl Metrics {
     /// Without the gauges of a relay.
     pub(crate) fn counters() -> Self {
         let meter = opentelemetry::global::meter("outbox");
-        Self {
+        let metrics = Self {
             published: meter
                 .u64_counter("outbox.published")
                 .with_unit("{message}")
@@ -293,7 +296,7 @@ impl Metrics {
                 .build(),
             failures: meter
                 .u64_counter("relay.failures")
-                .with_unit("1")
+                .with_unit("{failure}")
                 .with_description("Sessions of the relay that ended in an error")
                 .build(),
             set_aside: meter
@@ -317,6 +320,24 @@ impl Metrics {
                 .with_description("Events that the confirmation group has read back")
                 .build(),
             seen: Arc::default(),
+        };
+        metrics.begin_at_zero();
+        metrics
+    }
+
+    /// A counter that appears with its first event has not risen, for whoever watches the rise.
+    fn begin_at_zero(&self) {
+        for counter in [
+            &self.published,
+            &self.failures,
+            &self.set_aside,
+            &self.resent,
+            &self.confirmed,
+        ] {
+            counter.add(0, &[]);
+        }
+        for state in ["init", "published"] {
+            self.swept(state, 0);
         }
     }
 
@@ -426,6 +447,10 @@ fn observe_gauges(meter: &Meter, status: Status) {
             gauge.observe(1, &labels);
         })
         .build();
+}
+
+fn switch_labels(from: Source, to: Source) -> [KeyValue; 2] {
+    [KeyValue::new("from", from.name()), KeyValue::new("to", to.name())]
 }
 
 /// An error with its causes on one line.

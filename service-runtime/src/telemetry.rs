@@ -69,7 +69,12 @@ impl Telemetry {
         opentelemetry::global::set_meter_provider(meters.clone());
 
         let mut tracer = SdkTracerProvider::builder().with_resource(resource);
-        if let Some(endpoint) = &settings.otlp_endpoint {
+        // A compose file passes on a variable that is not set as an empty one.
+        let endpoint = settings
+            .otlp_endpoint
+            .as_deref()
+            .filter(|endpoint| !endpoint.is_empty());
+        if let Some(endpoint) = endpoint {
             let exporter = SpanExporter::builder()
                 .with_http()
                 .with_protocol(Protocol::HttpBinary)
@@ -78,7 +83,7 @@ impl Telemetry {
             tracer = tracer.with_batch_exporter(exporter);
         }
         let tracer = tracer.build();
-        let exporting = settings.otlp_endpoint.is_some();
+        let exporting = endpoint.is_some();
         if exporting {
             // The relay makes its spans after the fact and without `tracing`; unset, they cost nothing.
             opentelemetry::global::set_tracer_provider(tracer.clone());

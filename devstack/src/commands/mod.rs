@@ -1,5 +1,6 @@
 //! The subcommands of `./dev`, one file each.
 
+pub(crate) mod compose_check;
 pub(crate) mod doctor;
 pub(crate) mod down;
 pub(crate) mod env;

@@ -63,6 +63,11 @@ impl ConnectPrograms {
         Ok(Self { dir })
     }
 
+    /// Holds `connect/`.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     fn classpath(&self) -> String {
         self.dir.join("connect/*").to_string_lossy().into_owned()
     }

@@ -5,6 +5,7 @@ mod bad_records;
 // A release build has no crash points.
 #[cfg(debug_assertions)]
 mod crash_points;
+mod dashboards;
 mod debezium;
 mod documents;
 mod faults;
