@@ -62,6 +62,19 @@ Examples:
   loadtest outbox --rate 2000 --duration 5m --shipments 700000
   loadtest outbox --rate 500 --threshold failed<1 --threshold broker-p99<13")]
     Outbox(PairArgs),
+    /// Publish a backlog of completions while commerce is stopped, then measure how fast commerce applies it.
+    #[command(before_help = "\
+Examples:
+  loadtest consumer                                         200,000 events, one instance
+  loadtest consumer --events 1000000 --instances 2 --skew 3")]
+    Consumer(ConsumerArgs),
+    /// Send calls while commerce fails for some of the orders, by each way that an event can take and by the synchronous path:
+    /// failed calls and lost events side by side.
+    #[command(before_help = "\
+Examples:
+  loadtest failure-rate                                     1,000 calls on 32 connections, commerce fails for 10 % of the orders
+  loadtest failure-rate --path wal,legacy --share 50")]
+    FailureRate(FailureArgs),
 }
 
 #[derive(Debug, Args)]
@@ -138,6 +151,67 @@ pub struct PairArgs {
     /// broker-p50, broker-p99 (from append to broker, ms), applied-p50, applied-p99 (from commit to applied in commerce, ms).
     #[arg(long = "threshold", value_name = "FIGURE<BOUND")]
     pub thresholds: Vec<Threshold>,
+    #[command(flatten)]
+    pub stack: StackArgs,
+    /// The JSON file of an earlier run to compare with.
+    #[arg(long, value_name = "FILE")]
+    pub baseline: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct ConsumerArgs {
+    /// Events of the backlog, each the completion of a shipment of its own.
+    #[arg(long, value_name = "COUNT", default_value = "200000", value_parser = clap::value_parser!(u64).range(1..=20_000_000))]
+    pub events: u64,
+    /// Instances of commerce-consumer that share the backlog.
+    #[arg(long, value_name = "COUNT", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub instances: u32,
+    /// How unevenly shipments fall to orders: 1 gives each order five, 3 makes a tenth of the orders have nearly half of them.
+    #[arg(long, value_name = "EXPONENT", default_value = "1", value_parser = skew)]
+    pub skew: f64,
+    #[command(flatten)]
+    pub stack: StackArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct FailureArgs {
+    /// Calls, each the completion of a shipment.
+    #[arg(long, value_name = "COUNT", default_value = "1000", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub calls: u64,
+    /// Connections, each with one call at a time.
+    #[arg(long, value_name = "COUNT", default_value = "32", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub connections: u32,
+    /// Of the orders, for how many commerce fails, in percent.
+    #[arg(long, value_name = "PERCENT", default_value = "10", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub share: u8,
+    /// Several separated by commas; the relay modes, and `legacy`, the synchronous path.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "PATH",
+        value_delimiter = ',',
+        default_value = "wal,poll,after-commit,auto,legacy"
+    )]
+    pub path: Vec<Path>,
+    #[command(flatten)]
+    pub stack: StackArgs,
+}
+
+/// How commerce gets to know of a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Path {
+    Wal,
+    Poll,
+    AfterCommit,
+    Auto,
+    /// In the same transaction.
+    Legacy,
+}
+
+/// Where it runs, and what it writes.
+#[derive(Debug, Args)]
+pub struct StackArgs {
     /// `own` starts PostgreSQL and Kafka for this run; `environment` uses those of TEST_DATABASE_URL, KAFKA_BROKERS and
     /// TEST_ROLE_PASSWORD, as `./dev env` prints them.
     #[arg(long, value_enum, default_value_t = Where::Own)]
@@ -145,19 +219,16 @@ pub struct PairArgs {
     /// Partitions of each topic.
     #[arg(long, value_name = "COUNT", default_value = "12", value_parser = clap::value_parser!(i32).range(1..=1_000))]
     pub partitions: i32,
-    /// A setting of either service, e.g. `RATE_LIMIT=unlimited`; repeatable. The environment's own settings are not passed on.
+    /// A setting of the services, e.g. `RELAY_LINGER=0ms`; repeatable. The environment's own settings are not passed on.
     #[arg(long = "set", value_name = "NAME=VALUE", value_parser = setting)]
     pub settings: Vec<(String, String)>,
     /// Give up when nothing has moved for this long.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
     pub patience: Duration,
-    /// The JSON file; by default `loadtest/<command>-<time>.json` in the build's target folder. The report with its pictures stands
-    /// beside it, as `.html`.
+    /// The JSON file; by default `loadtest/<command>-<time>.json` in the build's target folder. A report with pictures stands beside
+    /// it, as `.html`.
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// The JSON file of an earlier run to compare with.
-    #[arg(long, value_name = "FILE")]
-    pub baseline: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -172,22 +243,8 @@ pub struct CommonArgs {
     /// Folder with the jars of Kafka Connect and Debezium, for the peers of Debezium.
     #[arg(long, value_name = "DIR")]
     pub debezium_libs: Option<PathBuf>,
-    /// `own` starts PostgreSQL and Kafka for this run; `environment` uses those of TEST_DATABASE_URL, KAFKA_BROKERS and
-    /// TEST_ROLE_PASSWORD, as `./dev env` prints them.
-    #[arg(long, value_enum, default_value_t = Where::Own)]
-    pub servers: Where,
-    /// Partitions of the topic.
-    #[arg(long, value_name = "COUNT", default_value = "12", value_parser = clap::value_parser!(i32).range(1..=1_000))]
-    pub partitions: i32,
-    /// A setting of logistics-svc, e.g. `RELAY_LINGER=0ms`; repeatable. The environment's own settings are not passed on.
-    #[arg(long = "set", value_name = "NAME=VALUE", value_parser = setting)]
-    pub settings: Vec<(String, String)>,
-    /// Give up when nothing has moved for this long.
-    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
-    pub patience: Duration,
-    /// The JSON file; by default `loadtest/<command>-<time>.json` in the build's target folder.
-    #[arg(long, value_name = "FILE")]
-    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    pub stack: StackArgs,
 }
 
 /// `RELAY_MODE`.

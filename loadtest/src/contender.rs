@@ -1,4 +1,5 @@
 use std::{
+    net::SocketAddr,
     path::Path,
     process::{Command, Stdio},
     time::Duration,
@@ -71,7 +72,7 @@ impl Contender {
                 Peer::DebeziumDefaults => contenders.push(Publisher::Debezium(debezium(PollInterval::Default)?)),
             }
         }
-        let settings = args.settings.clone();
+        let settings = args.stack.settings.clone();
         let contender = |publisher| Self {
             publisher,
             settings: settings.clone(),
@@ -116,10 +117,7 @@ impl Contender {
     /// # Errors
     /// If a process ends or is not ready in time, with the end of its log.
     pub async fn start(&self, place: &Place, through: Through) -> anyhow::Result<Running> {
-        let mut running = Running {
-            processes: Vec::new(),
-            api: None,
-        };
+        let mut running = Running::none();
         let relay = if through == Through::Api { "all" } else { "relay" };
         match &self.publisher {
             Publisher::Relay(kind) => self.start_service(&mut running, place, relay, Some(*kind)).await?,
@@ -272,6 +270,23 @@ impl Started {
 }
 
 impl Running {
+    /// Nothing yet.
+    pub fn none() -> Self {
+        Self {
+            processes: Vec::new(),
+            api: None,
+        }
+    }
+
+    /// Of logistics-svc.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn address(&self) -> anyhow::Result<SocketAddr> {
+        let api = self.api.as_deref().context("no API runs")?;
+        api.trim_start_matches("http://").parse().context("the API's address")
+    }
+
     /// One more, which is stopped before those that run already.
     pub fn add(&mut self, process: Process) {
         self.processes.push(Started::Process(process));
@@ -372,7 +387,7 @@ fn check_known(args: &CommonArgs) -> anyhow::Result<()> {
             )));
         }
     }
-    for (name, _) in &args.settings {
+    for (name, _) in &args.stack.settings {
         if !knows(name) {
             return Err(unknown(format!("--set {name}: logistics-svc has no such setting")));
         }

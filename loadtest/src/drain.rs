@@ -86,14 +86,14 @@ pub async fn measure(
     let topic = place.topic.reader()?;
     drain(&topic, &mut running, &step, args).await?;
     let marked = match contender.last_mark() {
-        Some(mark) => Some(await_marks(place, mark, &mut running, args.common.patience).await?),
+        Some(mark) => Some(await_marks(place, mark, &mut running, args.common.stack.patience).await?),
         None => None,
     };
     await_quiet(&topic, &mut running).await?;
     let usage = watch.finish().await;
     running.stop().await?;
 
-    let patience = args.common.patience;
+    let patience = args.common.stack.patience;
     let verdict = tokio::task::spawn_blocking(move || verify::verify(&topic, &workload, patience)).await;
     let verdict = verdict.context("read the topic back")??;
     let drained = Drained::new(contender, (filled, read, usage), started, load_before, &verdict, marked);
@@ -115,9 +115,9 @@ async fn connect_once(
     let mut running = contender.start(place, Through::Table).await?;
     let pool = place.appenders(1).await?;
     let appender = Appender::table(pool.clone(), workload.clone());
-    prove(&appender, place, &mut running, args.common.patience).await?;
+    prove(&appender, place, &mut running, args.common.stack.patience).await?;
     if let Some(mark) = contender.last_mark()
-        && let Marked::Not(left) = await_marks(place, mark, &mut running, args.common.patience).await?
+        && let Marked::Not(left) = await_marks(place, mark, &mut running, args.common.stack.patience).await?
     {
         bail!(
             "the first event was published and not marked: {left} rows\n{}",
@@ -146,8 +146,8 @@ async fn drain(topic: &Reader, running: &mut Running, step: &Step, args: &DrainA
         if count >= expected {
             return Ok(());
         }
-        if moved.elapsed() > args.common.patience {
-            let patience = args.common.patience;
+        if moved.elapsed() > args.common.stack.patience {
+            let patience = args.common.stack.patience;
             bail!(
                 "{count} of {expected} records came, none for {patience:?}\n{}",
                 running.log_tails()

@@ -90,7 +90,7 @@ pub async fn measure(
     };
     let mut running = contender.start(place, through).await?;
     let appender = appender(place, args, through, &running).await?;
-    prove(&appender, place, &mut running, args.common.patience).await?;
+    prove(&appender, place, &mut running, args.common.stack.patience).await?;
     step.done(&format!("{name}: connected"));
 
     let step = progress.step(format!("{name}: {} events per second", args.rate));
@@ -102,7 +102,7 @@ pub async fn measure(
     let watch = Watch::over(running.identities()?);
     let cpu_before = usage::own_cpu_seconds();
     let appended = append::run(&appender, schedule, counted_from, args.connections).await?;
-    let arrived = await_arrivals(&receiver, &appended, &mut running, args.common.patience).await;
+    let arrived = await_arrivals(&receiver, &appended, &mut running, args.common.stack.patience).await;
     let used = usage::own_cpu_seconds()
         .zip(cpu_before)
         .map(|(after, before)| after - before);

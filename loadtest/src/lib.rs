@@ -58,6 +58,12 @@ pub mod load;
 /// The measurement of completions over the REST interface, with the whole pair.
 pub mod complete;
 
+/// The measurement of a backlog that commerce applies.
+pub mod consumer;
+
+/// Calls while commerce fails, by each path.
+pub mod failure_rate;
+
 /// Bounds that figures must meet.
 pub mod threshold;
 

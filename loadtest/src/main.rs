@@ -1,4 +1,4 @@
-//! `loadtest drain`, `latency`, `complete` and `outbox`: measure, account, report, leave nothing behind.
+//! Every command of `loadtest`: measure, account, report, leave nothing behind.
 
 use std::{
     io::{self, Write},
@@ -14,12 +14,13 @@ use devstack::{
     progress::Progress,
 };
 use loadtest::{
-    cli::{Cli, Command, DrainArgs, LatencyArgs, Mode, PairArgs, Peer},
+    cli::{Cli, Command, ConsumerArgs, DrainArgs, FailureArgs, LatencyArgs, Mode, PairArgs, Peer},
     complete::{self, Scenario, pgbench},
     conditions::Conditions,
+    consumer,
     contender::Contender,
     drain::{self, Drained},
-    html,
+    failure_rate, html,
     latency::{self, Measured},
     pg_recvlogical::PgRecvlogical,
     place::Place,
@@ -93,6 +94,8 @@ async fn measure(cli: &Cli, made: &mut Made, progress: &Progress) -> anyhow::Res
         Command::Latency(args) => measure_latency(args, made, progress).await,
         Command::Complete(args) => measure_pair(Scenario::Complete, args, made, progress).await,
         Command::Outbox(args) => measure_pair(Scenario::Outbox, args, made, progress).await,
+        Command::Consumer(args) => measure_consumer(args, made, progress).await,
+        Command::FailureRate(args) => measure_failures(args, made, progress).await,
     }
 }
 
@@ -108,12 +111,19 @@ async fn measure_drain(args: &DrainArgs, made: &mut Made, progress: &Progress) -
     } else {
         None
     };
-    let servers = made.servers.insert(Servers::open(args.common.servers, progress).await?);
-    let conditions =
-        Conditions::gather(servers, args.common.partitions, &args.common.settings, reader.as_ref()).await?;
+    let servers = made
+        .servers
+        .insert(Servers::open(args.common.stack.servers, progress).await?);
+    let conditions = Conditions::gather(
+        servers,
+        args.common.stack.partitions,
+        &args.common.stack.settings,
+        reader.as_ref(),
+    )
+    .await?;
     let mut results = Vec::new();
     for contender in &contenders {
-        let place = made.place.insert(Place::new(servers, args.common.partitions)?);
+        let place = made.place.insert(Place::new(servers, args.common.stack.partitions)?);
         let drained = drain::measure(contender, place, reader.as_ref(), args, progress).await?;
         results.push((contender.is_peer(), drained));
         if let Some(place) = made.place.take() {
@@ -129,7 +139,11 @@ async fn measure_drain(args: &DrainArgs, made: &mut Made, progress: &Progress) -
         results,
         ratios,
     };
-    publish(&report, &report::drain_text(&report), args.common.output.as_deref())?;
+    publish(
+        &report,
+        &report::drain_text(&report),
+        args.common.stack.output.as_deref(),
+    )?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 
@@ -143,11 +157,14 @@ async fn measure_latency(args: &LatencyArgs, made: &mut Made, progress: &Progres
         return Err(usage("--rate times --duration: at most 50,000,000 events in one run"));
     }
     let contenders = Contender::all(&args.common)?;
-    let servers = made.servers.insert(Servers::open(args.common.servers, progress).await?);
-    let conditions = Conditions::gather(servers, args.common.partitions, &args.common.settings, None).await?;
+    let servers = made
+        .servers
+        .insert(Servers::open(args.common.stack.servers, progress).await?);
+    let conditions =
+        Conditions::gather(servers, args.common.stack.partitions, &args.common.stack.settings, None).await?;
     let mut results = Vec::new();
     for contender in &contenders {
-        let place = made.place.insert(Place::new(servers, args.common.partitions)?);
+        let place = made.place.insert(Place::new(servers, args.common.stack.partitions)?);
         let measured = latency::measure(contender, place, args, progress).await?;
         results.push((contender.is_peer(), measured));
         if let Some(place) = made.place.take() {
@@ -163,7 +180,11 @@ async fn measure_latency(args: &LatencyArgs, made: &mut Made, progress: &Progres
         results,
         ratios,
     };
-    publish(&report, &report::latency_text(&report), args.common.output.as_deref())?;
+    publish(
+        &report,
+        &report::latency_text(&report),
+        args.common.stack.output.as_deref(),
+    )?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 
@@ -177,12 +198,12 @@ async fn measure_pair(
         pgbench::find()?;
     }
     let baseline = args.baseline.as_deref().map(Baseline::read).transpose()?;
-    let servers = made.servers.insert(Servers::open(args.servers, progress).await?);
-    let conditions = Conditions::gather(servers, args.partitions, &args.settings, None).await?;
+    let servers = made.servers.insert(Servers::open(args.stack.servers, progress).await?);
+    let conditions = Conditions::gather(servers, args.stack.partitions, &args.stack.settings, None).await?;
     let mut results = Vec::new();
     let mut peer = None;
     for (number, connections) in args.connections.iter().enumerate() {
-        let place = made.place.insert(Place::new(servers, args.partitions)?);
+        let place = made.place.insert(Place::new(servers, args.stack.partitions)?);
         results.push(complete::measure(scenario, args, *connections, place, progress).await?);
         let last = number + 1 == args.connections.len();
         if let Some(clients) = args.pgbench.filter(|_| last) {
@@ -207,10 +228,48 @@ async fn measure_pair(
         ratios,
     };
     let text = report::complete_text(&report, peer.as_ref(), baseline.as_ref());
-    let path = publish(&report, &text, args.output.as_deref())?;
+    let path = publish(&report, &text, args.stack.output.as_deref())?;
     let page = path.with_extension("html");
     html::write(&page, &report, &text, met)?;
     io::stdout().write_all(format!("the report: {}\n", page.display()).as_bytes())?;
+    Ok(if met { Exit::Done } else { NOT_MET })
+}
+
+async fn measure_consumer(args: &ConsumerArgs, made: &mut Made, progress: &Progress) -> anyhow::Result<Exit> {
+    let servers = made.servers.insert(Servers::open(args.stack.servers, progress).await?);
+    let conditions = Conditions::gather(servers, args.stack.partitions, &args.stack.settings, None).await?;
+    let place = made.place.insert(Place::new(servers, args.stack.partitions)?);
+    let results = vec![consumer::measure(args, place, progress).await?];
+    let met = results.iter().all(|consumed| consumed.failures.is_empty());
+    let report = Report {
+        kind: "consumer",
+        conditions,
+        results,
+        ratios: Vec::new(),
+    };
+    publish(&report, &report::consumer_text(&report), args.stack.output.as_deref())?;
+    Ok(if met { Exit::Done } else { NOT_MET })
+}
+
+async fn measure_failures(args: &FailureArgs, made: &mut Made, progress: &Progress) -> anyhow::Result<Exit> {
+    let servers = made.servers.insert(Servers::open(args.stack.servers, progress).await?);
+    let conditions = Conditions::gather(servers, args.stack.partitions, &args.stack.settings, None).await?;
+    let mut results = Vec::new();
+    for path in &args.path {
+        let place = made.place.insert(Place::new(servers, args.stack.partitions)?);
+        results.push(failure_rate::measure(*path, args, place, progress).await?);
+        if let Some(place) = made.place.take() {
+            place.remove().await?;
+        }
+    }
+    let met = results.iter().all(|failed| failed.failures.is_empty());
+    let report = Report {
+        kind: "failure-rate",
+        conditions,
+        results,
+        ratios: Vec::new(),
+    };
+    publish(&report, &report::failure_text(&report), args.stack.output.as_deref())?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 

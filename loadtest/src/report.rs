@@ -11,7 +11,9 @@ use time::{OffsetDateTime, macros::format_description};
 use crate::{
     complete::{Completed, pgbench::Pgbench},
     conditions::Conditions,
+    consumer::Consumed,
     drain::Drained,
+    failure_rate::Failed,
     latency::Measured,
     usage::Usage,
 };
@@ -19,7 +21,7 @@ use crate::{
 /// The whole result: what is written to the JSON file. Fields may be added, never changed.
 #[derive(Debug, Serialize)]
 pub struct Report<T> {
-    /// `drain`, `latency`, `complete` or `outbox`.
+    /// `drain`, `latency`, `complete`, `outbox`, `consumer` or `failure-rate`.
     pub kind: &'static str,
     pub conditions: Conditions,
     pub results: Vec<T>,
@@ -281,6 +283,83 @@ pub fn complete_text(report: &Report<Completed>, peer: Option<&Pgbench>, baselin
         "{load}\n{times}\n{accounts}{peer}{}{}{failures}{}",
         ratios(&report.ratios),
         baseline.map_or(String::new(), |baseline| baseline.text(&report.results)),
+        conditions(&report.conditions)
+    )
+}
+
+/// For people: table, verdict, conditions.
+pub fn consumer_text(report: &Report<Consumed>) -> String {
+    let head = [
+        "contender",
+        "events",
+        "events/s",
+        "fastest second",
+        "seconds",
+        "peak memory",
+        "cpu s",
+        "cpu µs/event",
+    ];
+    let rows = report.results.iter().map(|result| {
+        let cpu_seconds: Option<f64> = result.usage.iter().map(|usage| usage.cpu_seconds).sum();
+        vec![
+            result.contender.clone(),
+            count(result.events as f64),
+            count(result.events_per_second),
+            count(result.fastest_second as f64),
+            format!("{:.1}", result.seconds),
+            memory(&result.usage),
+            cpu(&result.usage),
+            cpu_seconds.map_or("unknown".to_owned(), |seconds| {
+                format!("{:.1}", seconds * 1e6 / result.events as f64)
+            }),
+        ]
+    });
+    let failures = failures(
+        report
+            .results
+            .iter()
+            .map(|result| (&result.contender, &result.failures)),
+    );
+    format!("{}\n{failures}{}", table(&head, rows), conditions(&report.conditions))
+}
+
+/// For people: table, verdict, conditions.
+pub fn failure_text(report: &Report<Failed>) -> String {
+    let head = [
+        "path",
+        "calls",
+        "failed",
+        "failed %",
+        "p50 ms",
+        "p99 ms",
+        "committed",
+        "applied",
+        "kept",
+        "lost",
+    ];
+    let rows = report.results.iter().map(|result| {
+        vec![
+            result.contender.clone(),
+            result.calls.to_string(),
+            result.failed.to_string(),
+            format!("{:.1}", result.failed as f64 * 100.0 / result.calls as f64),
+            format!("{:.1}", result.response.p50),
+            format!("{:.1}", result.response.p99),
+            result.committed.to_string(),
+            result.applied.to_string(),
+            result.kept.to_string(),
+            result.lost.to_string(),
+        ]
+    });
+    let failures = failures(
+        report
+            .results
+            .iter()
+            .map(|result| (&result.contender, &result.failures)),
+    );
+    format!(
+        "{}\nfailed: calls without success; kept: dead letters and what waits behind them, to be redriven; lost: neither\n{failures}{}",
+        table(&head, rows),
         conditions(&report.conditions)
     )
 }

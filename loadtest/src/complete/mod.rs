@@ -1,9 +1,9 @@
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
-use devstack::{process::Process, progress::Progress};
+use devstack::progress::Progress;
 use serde::Serialize;
-use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 use tokio::time::Instant;
 
 use crate::{
@@ -58,7 +58,8 @@ impl Scenario {
         }
     }
 
-    fn request(self) -> Request {
+    /// The requests, by their number.
+    pub fn request(self) -> Request {
         match self {
             Self::Complete => |number| (format!("/v1/shipments/{}/complete", number + 1).into(), "{}".into()),
             Self::Outbox => |number| {
@@ -162,8 +163,8 @@ pub async fn measure(
     place.make().await?;
     place.make_commerce().await?;
     let mut owner = place.owner().await?;
-    prepare(&mut owner, args).await?;
-    let (mut running, address) = start(scenario, args, place).await?;
+    prepare(&mut owner, args.shipments, args.skew).await?;
+    let mut running = start(scenario, args, place).await?;
     step.done(&format!("{name}: {} open shipments, ready", args.shipments));
 
     let plan = Plan {
@@ -178,7 +179,7 @@ pub async fn measure(
     let watch = Watch::over(running.identities()?);
     let cpu_before = usage::own_cpu_seconds();
     let began = Instant::now();
-    let answers = load::run(address, plan, scenario.request()).await?;
+    let answers = load::run(running.address()?, plan, scenario.request()).await?;
     let took = began.elapsed().as_secs_f64();
     let used = usage::own_cpu_seconds()
         .zip(cpu_before)
@@ -191,7 +192,7 @@ pub async fn measure(
     completed.generator_cores = used;
     if args.with == Processes::Pair {
         let step = progress.step(format!("{name}: waiting until commerce has applied everything"));
-        let drained = drain(&mut owner, &mut running, args.patience).await?;
+        let drained = drain(&mut owner, &mut running, args.stack.patience).await?;
         completed.drain_seconds = Some(drained.as_secs_f64());
         step.done(&format!(
             "{name}: drained {:.1} s after the last answer",
@@ -202,7 +203,7 @@ pub async fn measure(
     running.stop().await?;
     if args.with == Processes::Pair {
         let step = progress.step(format!("{name}: accounting for every event"));
-        completed.broker = Some(broker::read_back(place, args.patience).await?);
+        completed.broker = Some(broker::read_back(place, args.stack.patience).await?);
         completed.take_times(&mut owner, scenario, plan).await?;
         completed.account(&mut owner, scenario, args).await?;
         step.done(&format!("{name}: {} events accounted for", completed.events));
@@ -212,11 +213,12 @@ pub async fn measure(
     Ok(completed)
 }
 
-async fn prepare(owner: &mut PgConnection, args: &PairArgs) -> anyhow::Result<()> {
-    let settings = format!(
-        "SET loadtest.shipments = {}; SET loadtest.skew = {}; {PREPARE}",
-        args.shipments, args.skew
-    );
+/// Open shipments in both services' tables, and the orders in commerce's.
+///
+/// # Errors
+/// If PostgreSQL does not answer.
+pub async fn prepare(owner: &mut PgConnection, shipments: u64, skew: f64) -> anyhow::Result<()> {
+    let settings = format!("SET loadtest.shipments = {shipments}; SET loadtest.skew = {skew}; {PREPARE}");
     sqlx::raw_sql(AssertSqlSafe(settings))
         .execute(&mut *owner)
         .await
@@ -230,28 +232,23 @@ async fn prepare(owner: &mut PgConnection, args: &PairArgs) -> anyhow::Result<()
     Ok(())
 }
 
-async fn start(scenario: Scenario, args: &PairArgs, place: &Place) -> anyhow::Result<(Running, SocketAddr)> {
+async fn start(scenario: Scenario, args: &PairArgs, place: &Place) -> anyhow::Result<Running> {
     let role = if args.with == Processes::Api { "api" } else { "all" };
-    let mut settings = args.settings.clone();
-    settings.push((
-        "LOAD_TEST_ENDPOINT".to_owned(),
-        (scenario == Scenario::Outbox).to_string(),
-    ));
+    let mut settings = args.stack.settings.clone();
+    let endpoint = scenario == Scenario::Outbox;
+    settings.push(("LOAD_TEST_ENDPOINT".to_owned(), endpoint.to_string()));
     let mut running = contender::start_logistics(place, role, &settings).await?;
     if args.with == Processes::Pair {
-        let commerce: Process = contender::start_commerce(place, &args.settings).await?;
-        running.add(commerce);
+        running.add(contender::start_commerce(place, &args.stack.settings).await?);
     }
-    let address = running.api.as_deref().context("no API runs")?;
-    let address = address
-        .trim_start_matches("http://")
-        .parse()
-        .context("the API's address")?;
-    Ok((running, address))
+    Ok(running)
 }
 
 /// Waits until every committed event is in commerce's inbox, as long as some still come.
-async fn drain(owner: &mut PgConnection, running: &mut Running, patience: Duration) -> anyhow::Result<Duration> {
+///
+/// # Errors
+/// If a process ends, or nothing has come for `patience`.
+pub async fn drain(owner: &mut PgConnection, running: &mut Running, patience: Duration) -> anyhow::Result<Duration> {
     let began = Instant::now();
     let (mut seen, mut moved) = (-1, Instant::now());
     loop {
@@ -279,6 +276,19 @@ async fn drain(owner: &mut PgConnection, running: &mut Running, patience: Durati
         }
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
+}
+
+/// Rows that must not be there once everything has been applied, by what is wrong with them.
+///
+/// # Errors
+/// If PostgreSQL does not answer.
+pub async fn checks(owner: &mut PgConnection, scenario: Scenario) -> anyhow::Result<Vec<(String, i64)>> {
+    let rows = sqlx::query(scenario.checks())
+        .fetch_all(owner)
+        .await
+        .context("check the tables")?;
+    let check = |row: &PgRow| Ok((row.try_get(0)?, row.try_get(1)?));
+    rows.iter().map(check).collect()
 }
 
 impl Completed {
@@ -365,13 +375,7 @@ impl Completed {
     }
 
     async fn account(&mut self, owner: &mut PgConnection, scenario: Scenario, args: &PairArgs) -> anyhow::Result<()> {
-        let rows = sqlx::query(scenario.checks())
-            .fetch_all(&mut *owner)
-            .await
-            .context("check the tables")?;
-        for row in rows {
-            self.checks.push((row.try_get(0)?, row.try_get(1)?));
-        }
+        self.checks = checks(owner, scenario).await?;
         self.events = sqlx::query_scalar("SELECT count(*) FROM logistics.outbox")
             .fetch_one(&mut *owner)
             .await
