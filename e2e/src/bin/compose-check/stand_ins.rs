@@ -162,7 +162,12 @@ impl Maker<'_> {
             Image::Rust => {
                 let sysroot = docker::output(command("rustc", &["--print", "sysroot"])).await?;
                 let sysroot = docker::said("rustc --print sysroot", sysroot)?;
-                self.copy(Path::new(&sysroot), &self.context.join("toolchain")).await?;
+                // Without documentation and sources, which are the greater part.
+                let toolchain = self.context.join("toolchain");
+                fs::create_dir(&toolchain).with_context(|| format!("create {}", toolchain.display()))?;
+                for part in ["bin", "lib"] {
+                    self.copy(&Path::new(&sysroot).join(part), &toolchain).await?;
+                }
                 let mut vendor = command("cargo", &["vendor", "--locked", "--versioned-dirs", "--quiet"]);
                 vendor.current_dir(self.root).arg(self.context.join("vendor"));
                 self.run("cargo vendor", vendor).await
