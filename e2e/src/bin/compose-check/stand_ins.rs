@@ -236,3 +236,28 @@ async fn fetching_packages() -> anyhow::Result<String> {
         .filter(|line| of_interest.iter().any(|name| line.contains(name)));
     Ok(lines.map(|line| format!("{line}\n")).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stand_ins_have_the_names_that_are_asked_for() {
+        let asked = [
+            include_str!("../../../../docker-compose.yml"),
+            include_str!("../../../../Dockerfile"),
+        ];
+        for image in [
+            Image::Debian,
+            Image::Rust,
+            Image::Postgres,
+            Image::Kafka,
+            Image::Debezium,
+            Image::Prometheus,
+        ] {
+            let names = |line: &str| line.split_whitespace().any(|word| word == image.name());
+            let found = asked.iter().flat_map(|text| text.lines()).any(names);
+            assert!(found, "nobody asks for {}", image.name());
+        }
+    }
+}
