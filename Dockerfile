@@ -7,7 +7,7 @@ WORKDIR /source
 COPY . .
 RUN find . -path ./vendor -prune -o -type f ! -name Cargo.toml ! -name Cargo.lock -exec rm {} + \
  && for manifest in */Cargo.toml; do \
-        mkdir "${manifest%/*}/src" && touch "${manifest%/*}/src/lib.rs" && echo 'fn main() {}' >"${manifest%/*}/src/main.rs"; \
+        mkdir -p "${manifest%/*}/src" && touch "${manifest%/*}/src/lib.rs" && echo 'fn main() {}' >"${manifest%/*}/src/main.rs"; \
     done
 
 FROM rust:1.95-slim-bookworm AS build

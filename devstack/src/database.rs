@@ -85,6 +85,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_containers_roles_have_the_same_rights() {
+        let script = include_str!("../../compose/postgres/10-roles.sh");
+        for (name, attributes) in ROLES {
+            let line = format!("CREATE ROLE {name} WITH {attributes} PASSWORD ");
+            assert!(script.contains(&line), "{line} is not in\n{script}");
+        }
+        let grant = format!("GRANT {COMMERCE} TO {LOGISTICS} WITH INHERIT FALSE, SET TRUE;");
+        assert!(script.contains(&grant), "{grant} is not in\n{script}");
+    }
+
+    #[test]
     fn quotes_are_doubled_inside_names_and_literals() {
         assert_eq!(quote_identifier("a\"b"), "\"a\"\"b\"");
         assert_eq!(quote_literal("a'b"), "'a''b'");

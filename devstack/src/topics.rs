@@ -93,3 +93,23 @@ fn options() -> AdminOptions {
         .request_timeout(Some(DEADLINE))
         .operation_timeout(Some(DEADLINE))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_containers_topics_have_the_same_settings() {
+        let script = include_str!("../../compose/kafka/topics.sh");
+        for line in [
+            format!("create \"$TOPIC\" \"$PARTITIONS\" max.message.bytes={MAIN_MAX_BYTES}\n"),
+            format!(
+                "retry.$tier\" \"$PARTITIONS\" max.message.bytes={REDIRECT_MAX_BYTES} message.timestamp.type=LogAppendTime\n"
+            ),
+            format!("dlt\" \"$PARTITIONS\" max.message.bytes={REDIRECT_MAX_BYTES} retention.ms=-1\n"),
+            format!("create __debezium-heartbeat.logistics 1 retention.ms={HEARTBEAT_RETENTION_MS}\n"),
+        ] {
+            assert!(script.contains(&line), "{line} is not in\n{script}");
+        }
+    }
+}

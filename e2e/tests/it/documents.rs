@@ -78,6 +78,35 @@ fn the_settings_of_the_readme_have_the_defaults_of_the_reference() -> anyhow::Re
     Ok(())
 }
 
+/// `.env.example` has every variable of `docker-compose.yml`, with the value that holds without it.
+#[test]
+fn every_variable_of_the_compose_file_is_explained() -> anyhow::Result<()> {
+    let compose = read("docker-compose.yml")?;
+    let example = read(".env.example")?;
+    let used: Vec<(&str, &str)> = compose
+        .split("${")
+        .skip(1)
+        .filter_map(|rest| rest.split('}').next()?.split_once(":-"))
+        .collect();
+    assert!(used.len() > 10, "{used:?}");
+    ensure!(used.len() == compose.matches("${").count(), "a variable has no default");
+    for (variable, default) in &used {
+        let line = format!("{variable}={default}");
+        ensure!(
+            example.lines().any(|found| found == line),
+            "{line} is not in .env.example"
+        );
+    }
+    // Compose's own.
+    let known = |name: &str| name == "COMPOSE_PROFILES" || used.iter().any(|(variable, _)| *variable == name);
+    for line in example.lines().filter(|line| !line.starts_with('#')) {
+        if let Some((variable, _)) = line.split_once('=') {
+            ensure!(known(variable), ".env.example: nobody uses {variable}");
+        }
+    }
+    Ok(())
+}
+
 /// `path/file.rs` and `path/file.rs::name` in code spans: the file exists and has the function.
 #[test]
 fn every_file_function_and_test_that_a_document_names_exists() -> anyhow::Result<()> {

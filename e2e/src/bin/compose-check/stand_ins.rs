@@ -162,7 +162,12 @@ impl Maker<'_> {
             Image::Rust => {
                 let sysroot = docker::output(command("rustc", &["--print", "sysroot"])).await?;
                 let sysroot = docker::said("rustc --print sysroot", sysroot)?;
-                self.copy(Path::new(&sysroot), &self.context.join("toolchain")).await?;
+                // Without documentation and sources, which are the greater part.
+                let toolchain = self.context.join("toolchain");
+                fs::create_dir(&toolchain).with_context(|| format!("create {}", toolchain.display()))?;
+                for part in ["bin", "lib"] {
+                    self.copy(&Path::new(&sysroot).join(part), &toolchain).await?;
+                }
                 let mut vendor = command("cargo", &["vendor", "--locked", "--versioned-dirs", "--quiet"]);
                 vendor.current_dir(self.root).arg(self.context.join("vendor"));
                 self.run("cargo vendor", vendor).await
@@ -230,4 +235,29 @@ async fn fetching_packages() -> anyhow::Result<String> {
         .lines()
         .filter(|line| of_interest.iter().any(|name| line.contains(name)));
     Ok(lines.map(|line| format!("{line}\n")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stand_ins_have_the_names_that_are_asked_for() {
+        let asked = [
+            include_str!("../../../../docker-compose.yml"),
+            include_str!("../../../../Dockerfile"),
+        ];
+        for image in [
+            Image::Debian,
+            Image::Rust,
+            Image::Postgres,
+            Image::Kafka,
+            Image::Debezium,
+            Image::Prometheus,
+        ] {
+            let names = |line: &str| line.split_whitespace().any(|word| word == image.name());
+            let found = asked.iter().flat_map(|text| text.lines()).any(names);
+            assert!(found, "nobody asks for {}", image.name());
+        }
+    }
 }
