@@ -144,7 +144,7 @@ fn names(expression: &str) -> BTreeSet<String> {
         rest = &rest[start + length..];
         let is_function = rest.trim_start().starts_with('(');
         let is_number = name.starts_with(|first: char| first.is_ascii_digit());
-        if !is_number && !NOT_OURS.contains(&name) && !(is_function && !rest.starts_with(' ')) {
+        if !is_number && !NOT_OURS.contains(&name) && (!is_function || rest.starts_with(' ')) {
             found.insert(name.to_owned());
         }
     }
