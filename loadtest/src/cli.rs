@@ -75,6 +75,13 @@ Examples:
   loadtest failure-rate                                     1,000 calls on 32 connections, commerce fails for 10 % of the orders
   loadtest failure-rate --path wal,legacy --share 50")]
     FailureRate(FailureArgs),
+    /// Load test 2: straight to a topic, at rising rates until the latency bends, then as fast as it goes. What broker and machine
+    /// carry without the product.
+    #[command(before_help = "\
+Examples:
+  loadtest kafka --java                                     beside the broker's own load generator
+  loadtest kafka --consume --bytes 400 --step 10s")]
+    Kafka(KafkaArgs),
 }
 
 #[derive(Debug, Args)]
@@ -193,6 +200,33 @@ pub struct FailureArgs {
         default_value = "wal,poll,after-commit,auto,legacy"
     )]
     pub path: Vec<Path>,
+    #[command(flatten)]
+    pub stack: StackArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct KafkaArgs {
+    /// The lowest rate, in records per second; the next ones are 1, 2 and 5 times the powers of ten.
+    #[arg(long, value_name = "PER-SECOND", default_value = "1000", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub from: u64,
+    /// The highest rate.
+    #[arg(long, value_name = "PER-SECOND", default_value = "500000", value_parser = clap::value_parser!(u64).range(1..=5_000_000))]
+    pub to: u64,
+    /// How long each rate is held.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    pub step: Duration,
+    /// The latency has bent when the p99 of a rate is above this.
+    #[arg(long, value_name = "DURATION", default_value = "100ms", value_parser = humantime::parse_duration)]
+    pub bend: Duration,
+    /// Bytes of each record.
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = clap::value_parser!(u32).range(16..=1_000_000))]
+    pub bytes: u32,
+    /// Let a consumer read meanwhile, and take the times of what it gets.
+    #[arg(long)]
+    pub consume: bool,
+    /// Measure kafka-producer-perf-test afterwards, at 50,000/s and as fast as it goes.
+    #[arg(long)]
+    pub java: bool,
     #[command(flatten)]
     pub stack: StackArgs,
 }

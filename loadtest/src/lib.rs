@@ -64,6 +64,9 @@ pub mod consumer;
 /// Calls while commerce fails, by each path.
 pub mod failure_rate;
 
+/// What a broker carries without the product.
+pub mod kafka;
+
 /// Bounds that figures must meet.
 pub mod threshold;
 

@@ -14,13 +14,13 @@ use devstack::{
     progress::Progress,
 };
 use loadtest::{
-    cli::{Cli, Command, ConsumerArgs, DrainArgs, FailureArgs, LatencyArgs, Mode, PairArgs, Peer},
+    cli::{Cli, Command, ConsumerArgs, DrainArgs, FailureArgs, KafkaArgs, LatencyArgs, Mode, PairArgs, Peer},
     complete::{self, Scenario, pgbench},
     conditions::Conditions,
     consumer,
     contender::Contender,
     drain::{self, Drained},
-    failure_rate, html,
+    failure_rate, html, kafka,
     latency::{self, Measured},
     pg_recvlogical::PgRecvlogical,
     place::Place,
@@ -95,6 +95,7 @@ async fn measure(cli: &Cli, made: &mut Made, progress: &Progress) -> anyhow::Res
         Command::Complete(args) => measure_pair(Scenario::Complete, args, made, progress).await,
         Command::Outbox(args) => measure_pair(Scenario::Outbox, args, made, progress).await,
         Command::Consumer(args) => measure_consumer(args, made, progress).await,
+        Command::Kafka(args) => measure_kafka(args, made, progress).await,
         Command::FailureRate(args) => measure_failures(args, made, progress).await,
     }
 }
@@ -270,6 +271,26 @@ async fn measure_failures(args: &FailureArgs, made: &mut Made, progress: &Progre
         ratios: Vec::new(),
     };
     publish(&report, &report::failure_text(&report), args.stack.output.as_deref())?;
+    Ok(if met { Exit::Done } else { NOT_MET })
+}
+
+async fn measure_kafka(args: &KafkaArgs, made: &mut Made, progress: &Progress) -> anyhow::Result<Exit> {
+    let servers = made.servers.insert(Servers::open(args.stack.servers, progress).await?);
+    let conditions = Conditions::gather(servers, args.stack.partitions, &args.stack.settings, None).await?;
+    let place = made.place.insert(Place::new(servers, args.stack.partitions)?);
+    let carried = kafka::measure(args, place, progress).await?;
+    let met = carried.failures.is_empty();
+    let report = Report {
+        kind: "kafka",
+        conditions,
+        ratios: report::kafka_ratios(&carried),
+        results: vec![carried],
+    };
+    publish(
+        &report,
+        &report::kafka_text(&report, args.bytes),
+        args.stack.output.as_deref(),
+    )?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 

@@ -14,6 +14,7 @@ use crate::{
     consumer::Consumed,
     drain::Drained,
     failure_rate::Failed,
+    kafka::{Carried, Step},
     latency::Measured,
     usage::Usage,
 };
@@ -21,7 +22,7 @@ use crate::{
 /// The whole result: what is written to the JSON file. Fields may be added, never changed.
 #[derive(Debug, Serialize)]
 pub struct Report<T> {
-    /// `drain`, `latency`, `complete`, `outbox`, `consumer` or `failure-rate`.
+    /// `drain`, `latency`, `complete`, `outbox`, `consumer`, `failure-rate` or `kafka`.
     pub kind: &'static str,
     pub conditions: Conditions,
     pub results: Vec<T>,
@@ -321,6 +322,77 @@ pub fn consumer_text(report: &Report<Consumed>) -> String {
             .map(|result| (&result.contender, &result.failures)),
     );
     format!("{}\n{failures}{}", table(&head, rows), conditions(&report.conditions))
+}
+
+/// Our producer over the broker's own load generator.
+pub fn kafka_ratios(carried: &Carried) -> Vec<Ratio> {
+    let Some(java) = &carried.java else { return Vec::new() };
+    let ratio = |figure, ratio| Ratio {
+        contender: "librdkafka".to_owned(),
+        peer: "kafka-producer-perf-test".to_owned(),
+        figure,
+        ratio,
+    };
+    vec![
+        ratio("records per second", carried.fastest.achieved / java.fastest.achieved),
+        ratio("p99 at 50,000/s", carried.compared.acknowledged.p99 / java.compared.p99),
+    ]
+}
+
+/// For people: table, knee, peer, conditions.
+pub fn kafka_text(report: &Report<Carried>, bytes: u32) -> String {
+    let mut text = String::new();
+    for carried in &report.results {
+        let steps = carried.steps.iter().chain([&carried.compared, &carried.fastest]);
+        let cells = |step: &Step| {
+            let times = &step.acknowledged;
+            let received = |of: fn(&crate::latency::Quantiles) -> f64| {
+                step.received
+                    .as_ref()
+                    .map_or("-".to_owned(), |times| format!("{:.1}", of(times)))
+            };
+            vec![
+                step.offered
+                    .map_or("unlimited".to_owned(), |offered| count(offered as f64)),
+                count(step.achieved),
+                step.failed.to_string(),
+                format!("{:.1}", times.p50),
+                format!("{:.1}", times.p99),
+                format!("{:.1}", times.p99_9),
+                format!("{:.1}", times.max),
+                received(|times| times.p50),
+                received(|times| times.p99),
+            ]
+        };
+        let head = [
+            "offered/s",
+            "achieved/s",
+            "failed",
+            "p50 ms",
+            "p99 ms",
+            "p99.9 ms",
+            "max ms",
+            "received p50",
+            "received p99",
+        ];
+        text.push_str(&table(&head, steps.map(cells)));
+        text.push('\n');
+        text.push_str(&crate::kafka::sizing(carried, bytes));
+        if let Some(java) = &carried.java {
+            let line = format!(
+                "kafka-producer-perf-test: {}/s; at 50,000/s p50 {:.0} ms, p99 {:.0} ms",
+                count(java.fastest.achieved),
+                java.compared.p50,
+                java.compared.p99
+            );
+            // A String takes everything that is written to it.
+            writeln!(text, "{line}").ok();
+        }
+        for failure in &carried.failures {
+            writeln!(text, "NOT MET: {failure}").ok();
+        }
+    }
+    format!("{text}{}{}", ratios(&report.ratios), conditions(&report.conditions))
 }
 
 /// For people: table, verdict, conditions.

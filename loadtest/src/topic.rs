@@ -37,6 +37,10 @@ impl Topic {
         &self.name
     }
 
+    pub fn brokers(&self) -> &str {
+        &self.brokers
+    }
+
     pub fn partitions(&self) -> i32 {
         self.partitions
     }
