@@ -6,9 +6,13 @@ use clap::{Args, Subcommand};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
+use crate::flag::is_printable;
+
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 const REFUSED: u8 = 2;
 const UNREACHABLE: u8 = 3;
+/// It is set, and not every instance runs it yet.
+const IN_PART: u8 = 4;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -16,9 +20,15 @@ Examples:
   logistics-svc flag set legacy --percent 10 --reason 'consumer lags, INC-42'
   logistics-svc flag rollout shadow --steps 1,10,100 --soak 30min --mismatches 0 --dead-letters 0 --reason 'CHG-7'";
 
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 failed while running; 2 refused or a usage error, nothing was done; 3 the service could not be reached;
+4 the flag is set, and not every instance runs it yet.
+
+Changes need the token of an admin, in ADMIN_TOKEN or a file.";
+
 /// Look at the flag, set it, roll a value out.
 #[derive(Debug, Args)]
-#[command(before_help = EXAMPLES)]
+#[command(before_help = EXAMPLES, after_help = EXIT_CODES)]
 pub struct FlagCommand {
     #[command(flatten)]
     common: Common,
@@ -81,6 +91,9 @@ struct Set {
     /// Kept with the value.
     #[arg(long)]
     reason: String,
+    /// Only if this version is in force, as `flag show` says it: nothing that somebody else has set since is changed.
+    #[arg(long, value_name = "VERSION")]
+    if_version: Option<i64>,
 }
 
 #[derive(Debug, Args)]
@@ -93,16 +106,16 @@ struct Rollout {
     /// Percent of orders, rising.
     #[arg(long, value_delimiter = ',', default_value = "1,10,50,100")]
     steps: Vec<f64>,
-    /// How long each step is in force before the next, e.g. `30min`.
+    /// How long each step is in force before the next, e.g. `30min`. It begins again when no process has watched for ten seconds.
     #[arg(long, value_parser = humantime::parse_duration)]
     soak: Duration,
     /// Taken back above so many mismatches of shadow mode.
     #[arg(long)]
     mismatches: Option<u64>,
-    /// Taken back when commerce lags by more, e.g. `30s`.
+    /// Taken back when commerce lags by more, e.g. `30s`. The one condition that a dead consumer meets: give it on the way to the outbox.
     #[arg(long, value_parser = humantime::parse_duration)]
     lag: Option<Duration>,
-    /// Taken back when a larger share of requests fails, e.g. `0.01`.
+    /// Taken back when a larger share of requests fails, e.g. `0.01`; looked at from 20 requests of a step on.
     #[arg(long)]
     error_ratio: Option<f64>,
     /// Taken back above so many new dead letters of commerce.
@@ -127,9 +140,9 @@ pub fn run(command: &FlagCommand) -> ExitCode {
         .build()
         .map_err(|error| failed("the command could not begin", error.to_string()))
         .and_then(|runtime| runtime.block_on(answer(command)))
-        .and_then(|lines| say(&lines));
+        .and_then(|answer| say(&answer.lines).map(|()| answer.code));
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(Failure { code, what, why, hint }) => {
             let told = writeln!(std::io::stderr(), "error: {what}\n  why: {why}\n  try: {hint}");
             ExitCode::from(if told.is_ok() { code } else { 1 })
@@ -137,7 +150,13 @@ pub fn run(command: &FlagCommand) -> ExitCode {
     }
 }
 
-async fn answer(command: &FlagCommand) -> Result<Vec<String>, Failure> {
+/// What is printed, and the exit code.
+struct Answer {
+    lines: Vec<String>,
+    code: u8,
+}
+
+async fn answer(command: &FlagCommand) -> Result<Answer, Failure> {
     let common = &command.common;
     let (method, path, body) = match &command.what {
         What::Show => (Method::GET, "/admin/flag".to_owned(), None),
@@ -145,7 +164,8 @@ async fn answer(command: &FlagCommand) -> Result<Vec<String>, Failure> {
         What::Rollouts => (Method::GET, "/admin/flag/rollout".to_owned(), None),
         What::Shadow => (Method::GET, "/admin/shadow".to_owned(), None),
         What::Set(set) => {
-            let body = json!({"mode": set.mode, "percent": set.percent, "rest": set.rest, "reason": set.reason});
+            let body = json!({"mode": set.mode, "percent": set.percent, "rest": set.rest, "reason": set.reason,
+                              "if_version": set.if_version});
             (Method::PUT, "/admin/flag".to_owned(), Some(body))
         }
         What::Rollout(asked) => {
@@ -157,16 +177,20 @@ async fn answer(command: &FlagCommand) -> Result<Vec<String>, Failure> {
         }
     };
     let view = ask(common, method, &path, body).await?;
+    let set = matches!(command.what, What::Set(_));
+    let code = if set && view["in_force"] != true { IN_PART } else { 0 };
     if common.json {
-        return Ok(vec![view.to_string()]);
+        let lines = vec![view.to_string()];
+        return Ok(Answer { lines, code });
     }
-    Ok(match &command.what {
+    let lines = match &command.what {
         What::Show | What::Set(_) => flag(&view),
         What::History { .. } => list(&view["values"]).map(value).collect(),
         What::Rollout(_) => vec![rollout(&view)],
         What::Rollouts => list(&view["rollouts"]).map(rollout).collect(),
         What::Shadow => shadow(&view),
-    })
+    };
+    Ok(Answer { lines, code })
 }
 
 async fn ask(common: &Common, method: Method, path: &str, body: Option<Value>) -> Result<Value, Failure> {
@@ -230,6 +254,9 @@ fn refused(status: StatusCode, problem: &Value) -> Failure {
             }
             "forbidden" => "use a token of somebody with that role",
             "invalid-request" => "correct that value; --help says what it may be",
+            "flag-changed" => {
+                "`logistics-svc flag show` says what it is now; give its version if that is what you want to change"
+            }
             "rollout-runs" => "`logistics-svc flag rollouts` shows it; setting the flag ends it",
             "flag-unavailable" => "repair what the line above names, or set another value",
             _ => "again in a moment; /health/ready of the service says what is away",
@@ -254,6 +281,14 @@ fn token(common: &Common) -> Result<Option<String>, Failure> {
 
 fn flag(view: &Value) -> Vec<String> {
     let mut lines = vec![value(&view["flag"])];
+    if let Some(set) = view["set_version"]
+        .as_i64()
+        .filter(|set| view["flag"]["version"] != *set)
+    {
+        lines.push(format!(
+            "what you have set is version {set}; somebody else's has followed it, as above"
+        ));
+    }
     if !view["previous"].is_null() {
         lines.push(format!("before: {}", value(&view["previous"])));
     }
@@ -297,10 +332,12 @@ fn rollout(rollout: &Value) -> String {
         None => String::new(),
     };
     format!(
-        "roll-out {} of {} by {}: {}, step {} of {} {}{because}",
+        "roll-out {} of {}, {} for the rest, by {} ({}): {}, step {} of {} {}{because}",
         rollout["id"],
         text(&rollout["mode"]),
+        text(&rollout["rest"]),
         text(&rollout["started_by"]),
+        text(&rollout["reason"]),
         text(&rollout["state"]),
         rollout["step"],
         list(&rollout["steps"]).count(),
@@ -332,6 +369,8 @@ fn shadow(view: &Value) -> Vec<String> {
 fn say(lines: &[String]) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     for line in lines {
+        // Reasons, names and rows were written by others.
+        let line = line.replace(|character| !is_printable(character), "\u{fffd}");
         match writeln!(out, "{line}") {
             // Whoever read our output has read enough.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),

@@ -122,6 +122,13 @@ fn place(order_id: &str) -> u16 {
     (number % 10_000) as u16
 }
 
+/// Whether a character of a text that somebody else wrote may go to a terminal: it starts no line, moves no cursor, and does not turn
+/// what is around it.
+pub(crate) fn is_printable(character: char) -> bool {
+    let turns = matches!(character, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    !character.is_control() && !turns
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -20,8 +20,11 @@ const SET_BY_ANOTHER: &str = "the flag was set by somebody else";
 /// A ratio of fewer requests says nothing.
 const FEWEST_REQUESTS: i64 = 20;
 
+/// Every process looks once a second. After a longer pause nobody knows what the step would have met.
+const UNWATCHED: f64 = 10.0;
+
 /// One look at the roll-out that runs, by one process at a time: a condition that is met takes the flag back, a step that has
-/// soaked is followed by the next. All in one transaction, so a crash leaves the step as it was, and the next process looks.
+/// soaked under watch is followed by the next. All in one transaction, so a crash leaves the step as it was, and the next process looks.
 ///
 /// # Errors
 /// Any database error; nothing has changed then.
@@ -40,11 +43,22 @@ pub(crate) async fn advance(pool: &PgPool, switch: &Switch) -> Result<(), sqlx::
         );
         return tx.commit().await;
     }
+    let unwatched = rollout
+        .unwatched_seconds
+        .filter(|pause| rollout.step > 0 && *pause > UNWATCHED);
+    if let Some(pause) = unwatched {
+        tracing::warn!(
+            rollout = rollout.id,
+            pause,
+            "no process has watched the roll-out, its step soaks again"
+        );
+    }
+    flag_rollouts::note_watched(&mut tx, rollout.id, unwatched.is_some()).await?;
     if rollout.step == 0 {
         step(&mut tx, &rollout, rollout.safe_version).await?;
     } else if let Some(because) = condition(&mut tx, &rollout, switch).await? {
         take_back(&mut tx, &rollout, &because).await?;
-    } else if has_soaked(&mut tx, &rollout).await? {
+    } else if unwatched.is_none() && has_soaked(&mut tx, &rollout).await? {
         proceed(&mut tx, &rollout).await?;
     }
     tx.commit().await

@@ -64,6 +64,8 @@ CREATE TABLE logistics.flag_rollouts (
     step           integer     NOT NULL DEFAULT 0,
     version        bigint,
     step_began_at  timestamptz,
+    -- When a process last looked whether a condition is met.
+    watched_at     timestamptz,
     -- The value that was in force when the last soaked step ended, or before the first: where a stop returns to.
     safe_version   bigint      NOT NULL,
     -- What had been counted when the step began.
@@ -83,8 +85,8 @@ CREATE TABLE logistics.flag_rollouts (
 );
 CREATE UNIQUE INDEX flag_rollouts_one_runs ON logistics.flag_rollouts ((true)) WHERE state = 'running';
 GRANT SELECT, INSERT ON logistics.flag_rollouts TO logistics_svc;
-GRANT UPDATE (state, step, version, step_began_at, safe_version, requests_before, failures_before, compared_before,
-              ended_at, ended_because) ON logistics.flag_rollouts TO logistics_svc;
+GRANT UPDATE (state, step, version, step_began_at, watched_at, safe_version, requests_before, failures_before,
+              compared_before, ended_at, ended_because) ON logistics.flag_rollouts TO logistics_svc;
 
 CREATE TABLE logistics.shadow_expectations (
     event_id   uuid        CONSTRAINT shadow_expectations_pkey PRIMARY KEY,

@@ -5,8 +5,9 @@ use shared_events::envelope::InvalidField;
 use crate::{change_shipments::ChangeError, fault::Fault, shipment::Refusal};
 
 /// The problems of this service beside the common ones.
-pub static KINDS: [&Kind; 9] = [
+pub static KINDS: [&Kind; 10] = [
     &FLAG_UNAVAILABLE,
+    &FLAG_CHANGED,
     &ROLLOUT_RUNS,
     &EVENT_NOT_FOUND,
     &SHIPMENT_NOT_FOUND,
@@ -22,6 +23,12 @@ pub static FLAG_UNAVAILABLE: Kind = Kind {
     status: StatusCode::CONFLICT,
     title: "This value of the flag cannot be run here",
     help: "`legacy` and `shadow` need both schemas in one database, and the right to act as commerce. The detail names what is missing. Nothing was changed.",
+};
+pub static FLAG_CHANGED: Kind = Kind {
+    code: "flag-changed",
+    status: StatusCode::CONFLICT,
+    title: "The flag has another version",
+    help: "`if_version` was given, and somebody has set the flag since. `GET /admin/flag` shows what it is now. Nothing was changed.",
 };
 pub static ROLLOUT_RUNS: Kind = Kind {
     code: "rollout-runs",

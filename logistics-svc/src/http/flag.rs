@@ -18,11 +18,11 @@ use uuid::Uuid;
 
 use super::{
     admin::{database, text},
-    error::{FLAG_UNAVAILABLE, ROLLOUT_RUNS},
+    error::{FLAG_CHANGED, FLAG_UNAVAILABLE, ROLLOUT_RUNS},
     problems::{FlagProblems, LookProblems},
 };
 use crate::{
-    flag::{Flag, Mode, Share},
+    flag::{Flag, Mode, Share, is_printable},
     switch::Switch,
     tables::{
         flag_instances,
@@ -77,7 +77,10 @@ struct InstanceView {
 
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct FlagView {
+    /// The value in force.
     flag: ValueView,
+    /// Of the value that this request has set; somebody else's may have followed it already.
+    set_version: Option<i64>,
     previous: Option<ValueView>,
     /// Whether every instance that was heard of within ten seconds runs this value, and there is one.
     in_force: bool,
@@ -182,6 +185,8 @@ pub(super) struct NewFlag {
     rest: String,
     /// Kept with the value.
     reason: String,
+    /// Only if this is the version in force: whoever has looked before changes nothing that somebody else has set since.
+    if_version: Option<i64>,
 }
 
 fn all() -> f64 {
@@ -221,9 +226,11 @@ pub(super) async fn set(
     }
     check_ability(&admin, &flag)?;
     let mut tx = admin.pool.begin().await.map_err(database)?;
-    let set = flag_values::add(&mut tx, flag, (&caller.name, &asked.reason), None, None).await;
-    // None but with a condition.
-    let set = set.map_err(database)?.unwrap_or(flag);
+    let set = flag_values::add(&mut tx, flag, (&caller.name, &asked.reason), None, asked.if_version).await;
+    let Some(set) = set.map_err(database)? else {
+        let version = flag_values::in_force(&mut *tx).await.map_err(database)?.version;
+        return Err(Problem::new(&FLAG_CHANGED, format!("it is version {version} now")));
+    };
     tx.commit().await.map_err(database)?;
     end_rollout(&admin, &caller, flag.mode).await;
     tracing::warn!(
@@ -235,7 +242,9 @@ pub(super) async fn set(
         rest = set.rest.name(),
         "the flag is set"
     );
-    Ok(Json(once_in_force(&admin).await?))
+    let mut view = once_in_force(&admin).await?;
+    view.set_version = Some(set.version);
+    Ok(Json(view))
 }
 
 /// Said at once if it can be. A roll-out that somebody else moves on at this moment finds the new value in its way, and ends.
@@ -441,6 +450,7 @@ async fn look(admin: &FlagAdmin) -> Result<FlagView, Problem> {
             (None, None) => None,
         },
         flag: flag.map_or_else(|| Ok(first()), value)?,
+        set_version: None,
         instances: instances
             .into_iter()
             .map(|instance| {
@@ -549,6 +559,12 @@ fn checked(asked: NewRolloutRequest, caller: Caller) -> Result<NewRollout, Probl
             ));
         }
     }
+    if stop.error_ratio.is_some_and(|ratio| ratio > 1.0) {
+        return Err(Problem::invalid_field(
+            "/stop/error_ratio",
+            "must be 0 to 1: 0.01 is one in a hundred",
+        ));
+    }
     if limits.iter().all(|(_, limit)| limit.is_none()) {
         return Err(Problem::invalid_field("/stop", "needs at least one condition"));
     }
@@ -570,11 +586,17 @@ fn checked(asked: NewRolloutRequest, caller: Caller) -> Result<NewRollout, Probl
 }
 
 fn check_reason(reason: &str) -> Result<(), Problem> {
-    if reason.trim().is_empty() || reason.len() > LONGEST_REASON || reason.contains('\0') {
+    if reason.trim().is_empty() || reason.len() > LONGEST_REASON {
         return Err(Problem::invalid_field(
             "/reason",
-            "must have 1 to 500 bytes, none of them zero",
+            "must have 1 to 500 bytes, and not only spaces",
         ));
+    }
+    // It is shown on one line, in the history that everybody believes.
+    if !reason.chars().all(is_printable) {
+        let message =
+            "must be one line, without control characters and without marks that turn the direction of writing";
+        return Err(Problem::invalid_field("/reason", message));
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use utoipa::{
 };
 
 use super::error::{
-    FLAG_UNAVAILABLE, KEY_IN_PROGRESS, KEY_REUSED, OTHER_TRACKING_NUMBER, OUTCOME_UNKNOWN, ROLLOUT_RUNS,
+    FLAG_CHANGED, FLAG_UNAVAILABLE, KEY_IN_PROGRESS, KEY_REUSED, OTHER_TRACKING_NUMBER, OUTCOME_UNKNOWN, ROLLOUT_RUNS,
     SHIPMENT_NOT_FOUND, WRONG_STATUS,
 };
 
@@ -75,7 +75,10 @@ impl IntoResponses for OperateProblems {
 
 impl IntoResponses for FlagProblems {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
-        let kinds: Vec<&Kind> = OPERATE.into_iter().chain([&FLAG_UNAVAILABLE, &ROLLOUT_RUNS]).collect();
+        let kinds: Vec<&Kind> = OPERATE
+            .into_iter()
+            .chain([&FLAG_UNAVAILABLE, &FLAG_CHANGED, &ROLLOUT_RUNS])
+            .collect();
         describe(&kinds)
     }
 }

@@ -33,6 +33,9 @@ pub struct Rollout {
     pub compared_before: Option<i64>,
     /// Of the step in force, by the database's clock.
     pub step_age_seconds: Option<f64>,
+    /// Since a process last looked at it; `None` if none has, and where it was not asked for.
+    #[sqlx(default)]
+    pub unwatched_seconds: Option<f64>,
     pub started_at: OffsetDateTime,
     pub started_by: String,
     pub reason: String,
@@ -100,7 +103,8 @@ pub async fn newest(executor: impl PgExecutor<'_>, most: i64) -> Result<Vec<Roll
 /// Any database error.
 pub async fn lock_running(connection: &mut PgConnection) -> Result<Option<Rollout>, sqlx::Error> {
     sqlx::query_as(
-        "SELECT *, extract(epoch FROM clock_timestamp() - step_began_at)::double precision AS step_age_seconds
+        "SELECT *, extract(epoch FROM clock_timestamp() - step_began_at)::double precision AS step_age_seconds,
+                extract(epoch FROM clock_timestamp() - watched_at)::double precision AS unwatched_seconds
            FROM logistics.flag_rollouts WHERE state = 'running' FOR UPDATE SKIP LOCKED",
     )
     .fetch_optional(connection)
@@ -130,6 +134,24 @@ pub async fn note_step(
     .bind(requests)
     .bind(failures)
     .bind(compared)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// A process looks at it. With `soaks_again` its step begins to soak now.
+///
+/// # Errors
+/// Any database error; the transaction is then of no use.
+pub async fn note_watched(connection: &mut PgConnection, id: i64, soaks_again: bool) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "UPDATE logistics.flag_rollouts
+            SET watched_at = clock_timestamp(),
+                step_began_at = CASE WHEN $2 THEN clock_timestamp() ELSE step_began_at END
+          WHERE id = $1",
+    )
+    .bind(id)
+    .bind(soaks_again)
     .execute(connection)
     .await?;
     Ok(())

@@ -203,3 +203,43 @@ async fn the_synchronous_path_is_refused_where_commerce_is_not() {
     assert!(error.to_string().contains("set to legacy"), "{error:#}");
     assert!(service.switch.is_refused());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_has_looked_changes_nothing_that_somebody_else_has_set_since() {
+    let service = TestService::start().await;
+    let (stop, following) = follow(&service).await;
+    let first = set(&service, json!({"mode": "outbox", "reason": "one", "if_version": 0}))
+        .await
+        .expect(200);
+    assert_eq!(first["set_version"], 1, "{first}");
+    let late = set(&service, json!({"mode": "outbox", "reason": "two", "if_version": 0}))
+        .await
+        .expect(409);
+    assert_eq!(
+        (&late["code"], &late["detail"]),
+        (&json!("flag-changed"), &json!("it is version 1 now"))
+    );
+    assert_eq!(service.get("/admin/flag").await.expect(200)["flag"]["reason"], "one");
+    stop.cancel();
+    following.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reason_is_one_line_and_an_error_ratio_a_share() {
+    let service = TestService::start().await;
+    for reason in ["a\nversion 9: legacy, by eve", "\u{1b}[2J", "\u{202e}abc", "  "] {
+        let refused = set(&service, json!({"mode": "outbox", "reason": reason}))
+            .await
+            .expect(422);
+        assert_eq!(refused["errors"][0]["pointer"], "/reason", "{refused}");
+    }
+    let body = json!({"mode": "outbox", "rest": "legacy", "steps": [1], "soak_seconds": 1, "stop": {"error_ratio": 5.0}, "reason": "r"});
+    let refused = ask(&service, Method::POST, "/admin/flag/rollout", Some(ADMIN_TOKEN), body)
+        .await
+        .expect(422);
+    assert_eq!(refused["errors"][0]["pointer"], "/stop/error_ratio", "{refused}");
+    assert_eq!(
+        service.get("/admin/flag/history").await.expect(200)["values"],
+        json!([])
+    );
+}

@@ -71,7 +71,12 @@ async fn a_roll_out_that_meets_its_stop_condition_is_taken_back_and_says_why() -
         Ok(view["rollout"]["step"] == 1 && view["in_force"] == true)
     })
     .await?;
-    complete_when_created(&client, &owner, 1, 1).await?;
+    // One that cannot be tried out, because commerce is slow for a moment, proves nothing either.
+    let mut orders = 1..400;
+    while flag.rollout().await?["state"] == "running" {
+        let order = orders.next().context("nothing is compared")?;
+        complete_when_created(&client, &owner, order, 1).await?;
+    }
     assert_eq!(ended().await?["state"], "done");
     assert!(flag.read("/admin/shadow").await?["compared"].as_i64() > Some(0));
 
@@ -171,6 +176,41 @@ async fn a_roll_out_that_meets_its_stop_condition_is_taken_back_and_says_why() -
     api.stop().await?;
     relay.stop().await?;
     consumer.stop().await
+}
+
+/// While no process runs, nobody sees whether a condition is met.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_step_of_a_roll_out_that_nobody_has_watched_soaks_again() -> anyhow::Result<()> {
+    const SOAK: f64 = 2.0;
+    let place = Place::shared().await?;
+    let owner = place.owner_pool()?;
+    let api = Running::start(&place, Role::Api, &[ADMIN]).await?;
+    let flag = Flag::new(&api.url(""))?;
+    let body = json!({"mode": "shadow", "rest": "outbox", "steps": [10, 100], "soak_seconds": SOAK, "stop": {"dead_letters": 0},
+                      "reason": "drill"});
+    let (status, view) = flag
+        .ask(reqwest::Method::POST, "/admin/flag/rollout", Some(&body))
+        .await?;
+    anyhow::ensure!(status == 202, "{status} {view}");
+    let reaches = async |step: i64| {
+        wait_for("the step to begin", PATIENCE, async || {
+            Ok(flag.rollout().await?["step"] == step)
+        })
+        .await
+    };
+    reaches(1).await?;
+    api.stop().await?;
+    // As if that had been last night.
+    let night = "UPDATE logistics.flag_rollouts SET step_began_at = now() - interval '8 hours', watched_at = now() - interval '8 hours'";
+    sqlx::query(night).execute(&owner).await?;
+    let away: time::OffsetDateTime = sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(&owner).await?;
+
+    let api = Running::start(&place, Role::Api, &[ADMIN]).await?;
+    reaches(2).await?;
+    let query = "SELECT extract(epoch FROM max(set_at) - $1)::float8 FROM logistics.flag_values";
+    let soaked: f64 = sqlx::query_scalar(query).bind(away).fetch_one(&owner).await?;
+    assert!(soaked >= SOAK, "the next step came {soaked} s after the process");
+    api.stop().await
 }
 
 /// Asks for what cannot be done, until the roll-out is over.
