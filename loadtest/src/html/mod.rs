@@ -4,7 +4,7 @@ use anyhow::Context;
 
 use crate::{complete::Completed, report::Report, usage::Usage};
 
-const STYLE: &str = include_str!("html.css");
+const STYLE: &str = include_str!("style.css");
 const WIDTH: f64 = 860.0;
 const HEIGHT: f64 = 220.0;
 /// Left of the plot for the numbers of its axis, and below it for the seconds.
