@@ -142,13 +142,13 @@ fn names(expression: &str) -> BTreeSet<String> {
             .unwrap_or(rest.len() - start);
         let name = &rest[start..start + length];
         rest = &rest[start + length..];
-        let is_function = rest.trim_start().starts_with('(');
+        // An aggregation whose grouping was taken out is followed by a space.
+        let is_function = rest.starts_with('(');
         let is_number = name.starts_with(|first: char| first.is_ascii_digit());
-        if !is_number && !NOT_OURS.contains(&name) && (!is_function || rest.starts_with(' ')) {
+        if !is_number && !is_function && !NOT_OURS.contains(&name) {
             found.insert(name.to_owned());
         }
     }
-    // An aggregation stands before its grouping, which is gone now.
     for aggregation in ["sum", "max", "min", "avg", "count"] {
         found.remove(aggregation);
     }

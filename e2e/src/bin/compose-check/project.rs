@@ -45,7 +45,6 @@ pub(crate) struct Project {
     debezium: bool,
     ports: Ports,
     password: String,
-    admin_token: String,
 }
 
 struct Ports {
@@ -79,7 +78,6 @@ impl Project {
                 kafka: free_port()?,
             },
             password: Uuid::new_v4().simple().to_string(),
-            admin_token: Uuid::new_v4().simple().to_string(),
         })
     }
 
@@ -120,13 +118,11 @@ impl Project {
     pub(crate) fn addresses(&self) -> String {
         let docker = self.docker.host().map(|host| format!("\n  DOCKER_HOST={host}"));
         format!(
-            "  logistics-svc      {}\n  commerce-consumer  {}\n  PostgreSQL         {}\n  Kafka              {}\n  \
-             admin token        {}{}",
+            "  logistics-svc      {}\n  commerce-consumer  {}\n  PostgreSQL         {}\n  Kafka              {}{}",
             self.logistics(),
             self.commerce(),
             self.owner_url(),
             self.brokers(),
-            self.admin_token,
             docker.unwrap_or_default()
         )
     }
@@ -251,10 +247,10 @@ impl Project {
                 ("COMMERCE_PASSWORD", password),
                 ("RELAY_MODE", relay_mode),
                 ("COMPOSE_PROFILES", profiles),
+                ("ADMIN_TOKENS", ""),
                 ("RATE_LIMIT", "5000"),
                 ("PARTITIONS", "12"),
-            ])
-            .env("ADMIN_TOKENS", format!("check:admin:{}", self.admin_token));
+            ]);
         compose
     }
 
