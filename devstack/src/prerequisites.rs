@@ -66,7 +66,7 @@ impl Tool {
     pub fn name(self) -> &'static str {
         match self {
             Self::Cargo => "cargo",
-            Self::CCompiler => "C compiler (cc)",
+            Self::CCompiler => "C and C++ compiler (cc, c++)",
             Self::Make => "make",
             Self::PkgConfig => "pkg-config",
             Self::OpenSsl => "OpenSSL headers",
@@ -93,7 +93,8 @@ impl Tool {
     fn look(self) -> Option<String> {
         match self {
             Self::Cargo => first_line("cargo", &["--version"]),
-            Self::CCompiler => first_line("cc", &["--version"]),
+            // librdkafka's configure script wants both.
+            Self::CCompiler => first_line("c++", &["--version"]).and_then(|_| first_line("cc", &["--version"])),
             Self::Make => first_line("make", &["--version"]),
             Self::PkgConfig => first_line("pkg-config", &["--version"]),
             Self::OpenSsl => first_line("pkg-config", &["--modversion", "openssl"]),
@@ -111,7 +112,7 @@ impl Tool {
     fn debian_packages(self) -> Vec<String> {
         let names: &[&str] = match self {
             Self::Cargo => &[],
-            Self::CCompiler => &["gcc", "libc6-dev"],
+            Self::CCompiler => &["g++", "libc6-dev"],
             Self::Make => &["make"],
             Self::PkgConfig => &["pkg-config"],
             Self::OpenSsl => &["libssl-dev"],

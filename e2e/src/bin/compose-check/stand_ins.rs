@@ -17,7 +17,6 @@ const DEADLINE: Duration = Duration::from_secs(20 * 60);
 const DEBIAN: &str = "debian:bookworm-slim";
 /// Its `promtool` tests the alert rules.
 pub(crate) const PROMETHEUS: &str = "prom/prometheus:v3.5.0";
-const MIRROR: &str = "http://deb.debian.org/debian";
 
 /// As the official image has it: apt keeps no packages and no index of them, which would double the layers.
 const CLEAN: &str = "DPkg::Post-Invoke { \"rm -f /var/cache/apt/archives/*.deb\"; };\nDir::Cache::pkgcache \"\";\n\
@@ -129,7 +128,7 @@ impl Maker<'_> {
         debootstrap
             .args(["--variant=minbase", "bookworm"])
             .arg(&tree)
-            .arg(mirror());
+            .args(mirror());
         self.run("debootstrap", debootstrap).await?;
         let settings = format!("{CLEAN}{}", fetching_packages().await?);
         fs::write(tree.join("etc/apt/apt.conf.d/99stand-in"), settings).context("write the settings of apt")?;
@@ -211,17 +210,16 @@ fn command(program: &str, args: &[&str]) -> Command {
     command
 }
 
-/// The one that this machine uses, if it is a Debian; any other system's packages would not do.
-fn mirror() -> String {
+/// The one that this machine uses, if it is a Debian; any other system's packages would not do. Without one, debootstrap has its own.
+fn mirror() -> Option<String> {
     let debian = fs::read_to_string("/etc/os-release").is_ok_and(|text| text.lines().any(|line| line == "ID=debian"));
     let sources = fs::read_to_string("/etc/apt/sources.list.d/debian.sources");
     let sources = sources.or_else(|_| fs::read_to_string("/etc/apt/sources.list"));
-    let found = sources.ok().filter(|_| debian).and_then(|text| {
+    sources.ok().filter(|_| debian).and_then(|text| {
         let urls = text.split_whitespace().filter(|word| word.starts_with("http"));
         urls.map(str::to_owned)
             .find(|url| !url.contains("snapshot") && !url.contains("security"))
-    });
-    found.unwrap_or_else(|| MIRROR.to_owned())
+    })
 }
 
 /// How this machine's apt gets its packages: proxies, and what it does not check. Empty where there is no apt.
