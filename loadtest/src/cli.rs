@@ -170,6 +170,22 @@ pub struct ConsumerArgs {
     /// Events of the backlog, each the completion of a shipment of its own.
     #[arg(long, value_name = "COUNT", default_value = "200000", value_parser = clap::value_parser!(u64).range(1..=20_000_000))]
     pub events: u64,
+    /// What is measured, several separated by commas. All but `commerce` do the least work there is, an inbox row and the update of
+    /// one order for each event; `spring-record` gets 20,000 events at most.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "CONSUMER",
+        value_delimiter = ',',
+        default_value = "commerce"
+    )]
+    pub consumer: Vec<Consumer>,
+    /// Transactions at once of the engine, threads of Spring Kafka; commerce-consumer has a setting for it.
+    #[arg(long, value_name = "COUNT", default_value = "6", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub threads: u32,
+    /// Folder with Spring Kafka's jars.
+    #[arg(long, value_name = "DIR")]
+    pub spring_libs: Option<PathBuf>,
     /// Instances of commerce-consumer that share the backlog.
     #[arg(long, value_name = "COUNT", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=16))]
     pub instances: u32,
@@ -229,6 +245,36 @@ pub struct KafkaArgs {
     pub java: bool,
     #[command(flatten)]
     pub stack: StackArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Consumer {
+    /// commerce-consumer with the product's own handler.
+    Commerce,
+    /// The engine of crate inbox with order per key.
+    Engine,
+    /// The engine without order per key.
+    EngineUnordered,
+    /// Spring Kafka, one transaction for each batch that a poll brings, without isolation of an event that fails.
+    SpringBatch,
+    /// Spring Kafka, one transaction for each record.
+    SpringRecord,
+}
+
+impl Consumer {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Commerce => "commerce-consumer",
+            Self::Engine => "engine",
+            Self::EngineUnordered => "engine, unordered",
+            Self::SpringBatch => "spring-batch",
+            Self::SpringRecord => "spring-record",
+        }
+    }
+
+    pub fn is_peer(self) -> bool {
+        matches!(self, Self::SpringBatch | Self::SpringRecord)
+    }
 }
 
 /// How commerce gets to know of a change.

@@ -14,10 +14,10 @@ use devstack::{
     progress::Progress,
 };
 use loadtest::{
-    cli::{Cli, Command, ConsumerArgs, DrainArgs, FailureArgs, KafkaArgs, LatencyArgs, Mode, PairArgs, Peer},
+    cli::{Cli, Command, Consumer, ConsumerArgs, DrainArgs, FailureArgs, KafkaArgs, LatencyArgs, Mode, PairArgs, Peer},
     complete::{self, Scenario, pgbench},
     conditions::Conditions,
-    consumer,
+    consumer::{self, Consumed, same_work},
     contender::Contender,
     drain::{self, Drained},
     failure_rate, html, kafka,
@@ -237,16 +237,37 @@ async fn measure_pair(
 }
 
 async fn measure_consumer(args: &ConsumerArgs, made: &mut Made, progress: &Progress) -> anyhow::Result<Exit> {
+    same_work::check(args)?;
     let servers = made.servers.insert(Servers::open(args.stack.servers, progress).await?);
     let conditions = Conditions::gather(servers, args.stack.partitions, &args.stack.settings, None).await?;
-    let place = made.place.insert(Place::new(servers, args.stack.partitions)?);
-    let results = vec![consumer::measure(args, place, progress).await?];
+    let mut results = Vec::new();
+    if args.consumer.contains(&Consumer::Commerce) {
+        let place = made.place.insert(Place::new(servers, args.stack.partitions)?);
+        results.push((false, consumer::measure(args, place, progress).await?));
+        if let Some(place) = made.place.take() {
+            place.remove().await?;
+        }
+    }
+    let others = args.consumer.iter().filter(|consumer| **consumer != Consumer::Commerce);
+    for (number, consumer) in others.enumerate() {
+        if number == 0 {
+            let place = made.place.insert(Place::new(servers, args.stack.partitions)?);
+            same_work::prepare(args, place, progress).await?;
+        }
+        let place = made.place.as_ref().context("the place is gone")?;
+        results.push((
+            consumer.is_peer(),
+            same_work::measure(*consumer, args, place, progress).await?,
+        ));
+    }
+    let ratios = report::consumer_ratios(&results);
+    let results: Vec<Consumed> = results.into_iter().map(|(_, consumed)| consumed).collect();
     let met = results.iter().all(|consumed| consumed.failures.is_empty());
     let report = Report {
         kind: "consumer",
         conditions,
         results,
-        ratios: Vec::new(),
+        ratios,
     };
     publish(&report, &report::consumer_text(&report), args.stack.output.as_deref())?;
     Ok(if met { Exit::Done } else { NOT_MET })

@@ -321,7 +321,27 @@ pub fn consumer_text(report: &Report<Consumed>) -> String {
             .iter()
             .map(|result| (&result.contender, &result.failures)),
     );
-    format!("{}\n{failures}{}", table(&head, rows), conditions(&report.conditions))
+    format!(
+        "{}\n{}{failures}{}",
+        table(&head, rows),
+        ratios(&report.ratios),
+        conditions(&report.conditions)
+    )
+}
+
+/// Each consumer's rate over each peer's.
+pub fn consumer_ratios(results: &[(bool, Consumed)]) -> Vec<Ratio> {
+    let ours = results.iter().filter(|(peer, _)| !peer);
+    ours.flat_map(|(_, ours)| {
+        let peers = results.iter().filter(|(peer, _)| *peer);
+        peers.map(|(_, peer)| Ratio {
+            contender: ours.contender.clone(),
+            peer: peer.contender.clone(),
+            figure: "events per second",
+            ratio: ours.events_per_second / peer.events_per_second,
+        })
+    })
+    .collect()
 }
 
 /// Our producer over the broker's own load generator.

@@ -74,6 +74,21 @@ impl Topic {
         Ok(())
     }
 
+    /// The group's offsets; it has no members any more. One that is not there is no error.
+    ///
+    /// # Errors
+    /// If the broker does not answer, or refuses.
+    pub async fn forget_group(&self, group: &str) -> anyhow::Result<()> {
+        let results = self.admin()?.delete_groups(&[group], &options()).await;
+        for result in results.context("ask the broker to delete the group")? {
+            match result {
+                Ok(_) | Err((_, RDKafkaErrorCode::GroupIdNotFound)) => {}
+                Err((group, code)) => bail!("delete the group {group}: {code}"),
+            }
+        }
+        Ok(())
+    }
+
     fn admin(&self) -> anyhow::Result<AdminClient<DefaultClientContext>> {
         let config = ClientConfig::new().set("bootstrap.servers", &self.brokers).create();
         config.context("create a Kafka admin client")

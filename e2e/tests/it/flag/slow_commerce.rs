@@ -69,6 +69,10 @@ enum Commerce {
     Locked,
 }
 
+impl Commerce {
+    const ALL: [Self; 3] = [Self::Healthy, Self::Slow, Self::Locked];
+}
+
 /// Those of commerce that a change writes to.
 const TABLES: [&str; 6] = [
     "inbox",
@@ -102,17 +106,18 @@ async fn be_slow(owner: &PgPool, slow: bool) -> anyhow::Result<()> {
 }
 
 /// G4: how long `complete` takes by each path, while commerce's database is healthy, slow and locked. Requests are due at fixed
-/// times, so that one that waits does not spare the others. Prints the figures; holds that by the outbox none fails.
+/// times, so that one that waits does not spare the others. The states take turns in short pieces, each round in another order:
+/// measured one after the other, the last one pays for tables that have grown meanwhile. Prints the figures; holds that by the
+/// outbox none fails.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn g4_complete_is_measured_by_both_paths_while_commerce_is_healthy_slow_and_locked() -> anyhow::Result<()> {
-    let (rate, each) = if std::env::var_os("E2E_FULL").is_some() {
-        (50, 1_000)
-    } else {
-        (25, 25)
-    };
+    let full = std::env::var_os("E2E_FULL").is_some();
+    // Requests of a piece by each path: the old one is slower by so much that a few tell.
+    let (rate, rounds, pieces) = if full { (50, 12, [336, 84]) } else { (25, 1, [25, 25]) };
     let place = Place::shared().await?;
     let owner = place.owner_pool()?;
-    workload::prepare_orders(&owner, 6 * each).await?;
+    let orders = Commerce::ALL.len() * rounds * (pieces[0] + pieces[1]);
+    workload::prepare_orders(&owner, i64::try_from(orders)?).await?;
     // What waits for a lock is given up soon, and the queue behind it with it.
     let env = [
         ADMIN,
@@ -125,17 +130,30 @@ async fn g4_complete_is_measured_by_both_paths_while_commerce_is_healthy_slow_an
     let flag = Flag::new(&api.url(""))?;
     let client = Client::new(&api.url(""), PATIENCE)?;
     let mut orders = 1..;
-    println!("commerce    path     p50 ms    p99 ms    failed of {each}, at {rate}/s");
-    for state in [Commerce::Healthy, Commerce::Slow, Commerce::Locked] {
-        for mode in ["outbox", "legacy"] {
-            flag.set(&json!({"mode": mode, "reason": "to be measured"})).await?;
+    let mut parts: Vec<Part> = Commerce::ALL
+        .into_iter()
+        .flat_map(|state| {
+            [
+                Part::new(state, "outbox", pieces[0]),
+                Part::new(state, "legacy", pieces[1]),
+            ]
+        })
+        .collect();
+    for round in 0..rounds {
+        let count = parts.len();
+        for turn in 0..count {
+            // Forwards and backwards in turns, each time from another one.
+            let turn = if round % 2 == 0 { turn } else { count - 1 - turn };
+            let part = &mut parts[(turn + round) % count];
+            flag.set(&json!({"mode": part.mode, "reason": "to be measured"}))
+                .await?;
             let mut shipments = Vec::new();
-            for order in orders.by_ref().take(usize::try_from(each)?) {
+            for order in orders.by_ref().take(part.piece) {
                 shipments.push(create(&client, order, 1).await?);
             }
             ledger::quiet(&owner, QUIET).await?;
             let mut lock = owner.begin().await?;
-            match state {
+            match part.state {
                 Commerce::Healthy => {}
                 Commerce::Slow => be_slow(&owner, true).await?,
                 Commerce::Locked => {
@@ -145,21 +163,40 @@ async fn g4_complete_is_measured_by_both_paths_while_commerce_is_healthy_slow_an
             }
             let (took, failed) = measure(&api, &shipments, rate).await?;
             lock.rollback().await?;
-            if state == Commerce::Slow {
+            if part.state == Commerce::Slow {
                 be_slow(&owner, false).await?;
             }
-            let at = |share: f64| took[((took.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3;
-            println!(
-                "{state:<10?}  {mode:<7}  {:>6.1}  {:>8.1}    {failed:>6}",
-                at(0.5),
-                at(0.99)
-            );
-            // What is slow may be too slow for the rate by the old path; what is locked fails there.
-            match (mode, state) {
-                ("outbox", _) | (_, Commerce::Healthy) => assert_eq!(failed, 0, "{state:?} {mode}"),
-                (_, Commerce::Slow) => {}
-                (_, Commerce::Locked) => assert_eq!(failed, shipments.len(), "it waits for what is locked"),
-            }
+            part.took.extend(took);
+            part.failed += failed;
+        }
+        println!("round {} of {rounds} is done", round + 1);
+    }
+    println!("commerce    path     p50 ms    p99 ms    failed, at {rate}/s");
+    for part in &mut parts {
+        part.took.sort();
+        println!(
+            "{:<10?}  {:<7}  {:>6.1}  {:>8.1}    {} of {}",
+            part.state,
+            part.mode,
+            part.quantile(0.5),
+            part.quantile(0.99),
+            part.failed,
+            part.took.len(),
+        );
+    }
+    for Part {
+        state,
+        mode,
+        took,
+        failed,
+        ..
+    } in parts
+    {
+        // What is slow may be too slow for the rate by the old path; what is locked fails there.
+        match (mode, state) {
+            ("outbox", _) | (_, Commerce::Healthy) => assert_eq!(failed, 0, "{state:?} {mode}"),
+            (_, Commerce::Slow) => {}
+            (_, Commerce::Locked) => assert_eq!(failed, took.len(), "it waits for what is locked"),
         }
     }
     ledger::quiet(&owner, QUIET).await?;
@@ -170,7 +207,35 @@ async fn g4_complete_is_measured_by_both_paths_while_commerce_is_healthy_slow_an
     consumer.stop().await
 }
 
-/// From when each request was due, sorted; and how many failed.
+/// What was measured of one path in one state of commerce's database.
+#[derive(Debug)]
+struct Part {
+    state: Commerce,
+    mode: &'static str,
+    /// Requests in a row.
+    piece: usize,
+    took: Vec<Duration>,
+    failed: usize,
+}
+
+impl Part {
+    fn new(state: Commerce, mode: &'static str, piece: usize) -> Self {
+        Self {
+            state,
+            mode,
+            piece,
+            took: Vec::new(),
+            failed: 0,
+        }
+    }
+
+    /// In ms, of what is sorted.
+    fn quantile(&self, share: f64) -> f64 {
+        self.took[((self.took.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3
+    }
+}
+
+/// From when each request was due; and how many failed.
 async fn measure(api: &Running, shipments: &[i64], rate: u32) -> anyhow::Result<(Vec<Duration>, usize)> {
     let http = reqwest::Client::new();
     let start = Instant::now();
@@ -191,6 +256,5 @@ async fn measure(api: &Running, shipments: &[i64], rate: u32) -> anyhow::Result<
         took.push(elapsed);
         failed += usize::from(!done);
     }
-    took.sort();
     Ok((took, failed))
 }

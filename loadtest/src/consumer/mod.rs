@@ -3,8 +3,11 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use devstack::progress::Progress;
 use serde::Serialize;
-use sqlx::{Connection, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 use tokio::time::Instant;
+
+/// The least a consumer can do, by the engine and by its peers.
+pub mod same_work;
 
 use crate::{
     cli::ConsumerArgs,
@@ -64,7 +67,8 @@ pub async fn measure(args: &ConsumerArgs, place: &Place, progress: &Progress) ->
     complete::drain(&mut owner, &mut running, args.stack.patience).await?;
     let usage = watch.finish().await;
     running.stop().await?;
-    let consumed = Consumed::new(name.clone(), load_before, usage, &mut owner).await?;
+    let checks = complete::checks(&mut owner, Scenario::Complete).await?;
+    let consumed = Consumed::new(name.clone(), load_before, usage, &mut owner, "commerce.inbox", checks).await?;
     owner.close().await.context("close the connection")?;
     step.done(&format!("{name}: {:.0} events per second", consumed.events_per_second));
     Ok(consumed)
@@ -116,18 +120,20 @@ impl Consumed {
         load_before: Option<f64>,
         usage: Vec<Usage>,
         owner: &mut PgConnection,
+        inbox: &str,
+        checks: Vec<(String, i64)>,
     ) -> anyhow::Result<Self> {
-        let row = sqlx::query(
-            "WITH applied AS (SELECT pg_xact_commit_timestamp(xmin) AS at FROM commerce.inbox),
+        let commits = format!(
+            "WITH applied AS (SELECT pg_xact_commit_timestamp(xmin) AS at FROM {inbox}),
                   second AS (SELECT count(*) AS events FROM applied GROUP BY date_trunc('second', at))
              SELECT count(*) AS events, coalesce(extract(epoch FROM max(at) - min(at)), 0)::double precision AS seconds,
-                    (SELECT coalesce(max(events), 0) FROM second) AS fastest FROM applied",
-        )
-        .fetch_one(&mut *owner)
-        .await
-        .context("read the commit times")?;
+                    (SELECT coalesce(max(events), 0) FROM second) AS fastest FROM applied"
+        );
+        let row = sqlx::query(AssertSqlSafe(commits))
+            .fetch_one(&mut *owner)
+            .await
+            .context("read the commit times")?;
         let (events, seconds): (i64, f64) = (row.try_get("events")?, row.try_get("seconds")?);
-        let checks = complete::checks(owner, Scenario::Complete).await?;
         let wrong = checks.iter().filter(|(_, rows)| *rows != 0);
         Ok(Self {
             contender,
