@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Duration};
 
 use sqlx::types::Uuid;
 use tokio::{
-    sync::watch,
+    sync::{Mutex, watch},
     task::JoinHandle,
     time::{Instant, MissedTickBehavior},
 };
@@ -63,18 +63,31 @@ pub(crate) struct Leases {
     pool: LimitedPool,
     member: Uuid,
     held: watch::Receiver<Held>,
+    told: Arc<Told>,
     renewal: JoinHandle<()>,
+}
+
+/// What the table and this process last agreed on.
+struct Told {
+    held: watch::Sender<Held>,
+    /// For whoever asks the table and notes the answer: what is given back meanwhile could be noted as held.
+    turn: Mutex<()>,
 }
 
 impl Leases {
     pub(crate) fn keep(table: Table, pool: LimitedPool, member: Uuid) -> Self {
         let (sender, held) = watch::channel(Held::default());
-        let renewal = tokio::spawn(renew(table.clone(), pool.clone(), member, sender));
+        let told = Arc::new(Told {
+            held: sender,
+            turn: Mutex::new(()),
+        });
+        let renewal = tokio::spawn(renew(table.clone(), pool.clone(), member, told.clone()));
         Self {
             table,
             pool,
             member,
             held,
+            told,
             renewal,
         }
     }
@@ -85,14 +98,26 @@ impl Leases {
 
     /// Waits until other buckets are held than before.
     pub(crate) async fn changed(&mut self) {
-        // The sender lives as long as the renewal, which only ends with us.
+        // The sender is ours.
         if self.held.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
     }
 
+    /// Gives back those of the buckets that are still one too many. One that was given back before, and came back to us when its
+    /// next owner left, is ours to publish: given back once more it would have two publishers until the next renewal.
     pub(crate) async fn give_back(&self, buckets: &[i32]) -> Result<(), sqlx::Error> {
-        table::release(&self.table, &self.pool, self.member, buckets).await
+        let _turn = self.told.turn.lock().await;
+        let mut surplus = self.held().surplus();
+        surplus.retain(|bucket| buckets.contains(bucket));
+        table::release(&self.table, &self.pool, self.member, &surplus).await?;
+        self.told.held.send_if_modified(|held| {
+            let left = held.buckets.iter().filter(|held| !surplus.contains(&held.bucket));
+            held.buckets = left.cloned().collect();
+            // Nothing to publish has come or gone.
+            false
+        });
+        Ok(())
     }
 
     /// Gives everything back at once, so that others need not wait for the end of the term.
@@ -113,19 +138,20 @@ impl Drop for Leases {
     }
 }
 
-async fn renew(table: Table, pool: LimitedPool, member: Uuid, held: watch::Sender<Held>) {
-    let mut told = false;
+async fn renew(table: Table, pool: LimitedPool, member: Uuid, told: Arc<Told>) {
+    let mut warned = false;
     let mut due = tokio::time::interval(RENEWAL);
     due.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         due.tick().await;
+        let _turn = told.turn.lock().await;
         let asked = Instant::now();
         let leased = tokio::time::timeout(TERM, table::lease(&table, &pool, member, TERM)).await;
         match leased.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
             Ok(buckets) => {
                 let until = Some(asked + TERM - MARGIN);
-                told = false;
-                held.send_if_modified(|held| {
+                warned = false;
+                told.held.send_if_modified(|held| {
                     let changed = !held.is_same(&buckets) || !held.is_valid();
                     if changed {
                         tracing::info!(
@@ -140,10 +166,10 @@ async fn renew(table: Table, pool: LimitedPool, member: Uuid, held: watch::Sende
                 });
             }
             Err(error) => {
-                if !told {
+                if !warned {
                     tracing::warn!(error = with_causes(&error), "the leases could not be renewed");
                 }
-                told = true;
+                warned = true;
             }
         }
     }

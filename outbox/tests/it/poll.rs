@@ -287,9 +287,12 @@ async fn a_new_poller_gets_its_share_of_the_keys_and_gives_it_back() -> anyhow::
     let all = usize::try_from(events)? * keys.len();
     let records = stage.read_until(|records| records.len() >= all).await?;
     for key in &keys {
+        let arrived = sequences(&records, key);
+        let wrong = (1..=events).zip(&arrived).find(|(due, came)| due != *came);
         assert!(
-            sequences(&records, key) == (1..=events).collect::<Vec<_>>(),
-            "{key}: each once and in order"
+            wrong.is_none() && arrived.len() as i64 == events,
+            "{key}: each once and in order, but {} came of {events}, and {wrong:?} (due, came) is the first that is wrong: {arrived:?}",
+            arrived.len()
         );
     }
     first.stop().await
