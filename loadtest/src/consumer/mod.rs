@@ -6,9 +6,6 @@ use serde::Serialize;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 use tokio::time::Instant;
 
-/// The least a consumer can do, by the engine and by its peers.
-pub mod same_work;
-
 use crate::{
     cli::ConsumerArgs,
     complete::{self, Scenario},
@@ -18,6 +15,9 @@ use crate::{
     place::Place,
     usage::{Usage, Watch},
 };
+
+/// The least that a consumer can do, by the engine and by its peers.
+pub mod same_work;
 
 /// Shipments completed by one call while the backlog is made.
 const PER_CALL: u64 = 1_000;

@@ -19,6 +19,7 @@ use crate::{
     contender::{self, Running},
     fill,
     place::Place,
+    servers,
     usage::Watch,
     workload::{SMALLEST_PAYLOAD, Workload},
 };
@@ -85,7 +86,12 @@ pub async fn measure(
     // An engine before this one has read the topic to its end, in the same group: its topics bear the group's name.
     place.topic.forget_group(place.group_topics.group()).await?;
     let load_before = conditions::load();
-    let (command, inbox) = command(consumer, args, place, events)?;
+    let inbox = if consumer.is_peer() {
+        "same_work.inbox"
+    } else {
+        "commerce.inbox"
+    };
+    let command = command(consumer, args, place, events)?;
     let log = place.log(name);
     let process = Process::spawn(name, command, &log, Lifetime::Bound)?;
     let mut running = Running::none();
@@ -121,60 +127,51 @@ async fn make_tables(owner: &mut PgConnection, events: u64) -> anyhow::Result<()
     Ok(())
 }
 
-/// How to start it, and the table of its inbox rows.
-fn command(
-    consumer: Consumer,
-    args: &ConsumerArgs,
-    place: &Place,
-    events: u64,
-) -> anyhow::Result<(Command, &'static str)> {
+fn command(consumer: Consumer, args: &ConsumerArgs, place: &Place, events: u64) -> anyhow::Result<Command> {
     let url = &place.owner_url;
-    let mut command = match consumer {
-        Consumer::SpringBatch | Consumer::SpringRecord => {
-            let mut command = Command::new(Java::find()?.path);
-            command
-                .args(["-Xmx1g", "-XX:-UsePerfData", "-cp"])
-                .arg(libs(args)?.join("*"))
-                .arg("ShipOrders");
-            command
-        }
-        _ => Command::new(crate::servers::program("ship-orders")?),
-    };
-    let (ordering, listener) = match consumer {
-        Consumer::EngineUnordered => ("none", ""),
-        Consumer::SpringBatch => ("", "batch"),
-        Consumer::SpringRecord => ("", "record"),
-        _ => ("per-key", ""),
-    };
-    let jdbc = format!(
-        "jdbc:postgresql://{}:{}{}",
-        url.host_str().context("the URL of PostgreSQL names no host")?,
-        url.port().unwrap_or(5432),
-        url.path()
-    );
-    // The topics around it, and so its retry topics, bear the name of the place; offsets are told apart by the group.
-    let group = match consumer {
-        Consumer::SpringBatch | Consumer::SpringRecord => format!("{}.{listener}", place.group_topics.group()),
-        _ => place.group_topics.group().to_owned(),
+    let group = place.group_topics.group();
+    let mut command = if consumer.is_peer() {
+        let jdbc = format!(
+            "jdbc:postgresql://{}:{}{}",
+            url.host_str().context("the URL of PostgreSQL names no host")?,
+            url.port().unwrap_or(5432),
+            url.path()
+        );
+        let listener = if consumer == Consumer::SpringRecord {
+            "record"
+        } else {
+            "batch"
+        };
+        let mut java = Command::new(Java::find()?.path);
+        java.args(["-Xmx1g", "-XX:-UsePerfData", "-cp"])
+            .arg(libs(args)?.join("*"))
+            .arg("ShipOrders")
+            .env("JDBC_URL", jdbc)
+            .env("DATABASE_USER", url.username())
+            .env("DATABASE_PASSWORD", url.password().unwrap_or_default())
+            .env("SCHEMA", "same_work")
+            .env("LISTENER", listener)
+            .env("GROUP", format!("{group}.{listener}"));
+        java
+    } else {
+        let ordering = if consumer == Consumer::EngineUnordered {
+            "none"
+        } else {
+            "per-key"
+        };
+        let mut engine = Command::new(servers::program("ship-orders")?);
+        engine
+            .env("DATABASE_URL", url.as_str())
+            .env("ORDERING", ordering)
+            .env("GROUP", group);
+        engine
     };
     command
-        .env("DATABASE_URL", url.as_str())
-        .env("JDBC_URL", jdbc)
-        .env("DATABASE_USER", url.username())
-        .env("DATABASE_PASSWORD", url.password().unwrap_or_default())
-        .env("SCHEMA", "same_work")
         .env("KAFKA_BROKERS", &place.brokers)
         .env("TOPIC", place.topic.name())
-        .env("GROUP", group)
         .env("THREADS", args.threads.to_string())
-        .env("EVENTS", events.to_string())
-        .env("ORDERING", ordering)
-        .env("LISTENER", listener);
-    let inbox = match consumer {
-        Consumer::SpringBatch | Consumer::SpringRecord => "same_work.inbox",
-        _ => "commerce.inbox",
-    };
-    Ok((command, inbox))
+        .env("EVENTS", events.to_string());
+    Ok(command)
 }
 
 fn libs(args: &ConsumerArgs) -> anyhow::Result<&Path> {
@@ -196,8 +193,7 @@ fn libs(args: &ConsumerArgs) -> anyhow::Result<&Path> {
 /// # Errors
 /// A usage error, found before anything is started.
 pub fn check(args: &ConsumerArgs) -> anyhow::Result<()> {
-    let spring = [Consumer::SpringBatch, Consumer::SpringRecord];
-    if args.consumer.iter().any(|consumer| spring.contains(consumer)) {
+    if args.consumer.iter().any(|consumer| consumer.is_peer()) {
         libs(args)?;
         Java::find()?;
     }

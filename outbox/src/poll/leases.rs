@@ -113,7 +113,7 @@ impl Leases {
         table::release(&self.table, &self.pool, self.member, &surplus).await?;
         self.told.held.send_if_modified(|held| {
             let left = held.buckets.iter().filter(|held| !surplus.contains(&held.bucket));
-            held.buckets = left.cloned().collect();
+            held.buckets = left.copied().collect();
             // Nothing to publish has come or gone.
             false
         });
