@@ -227,9 +227,9 @@ impl ChangeShipments {
             .unwrap_or(Err(ChangeError::Broken("the unit of work panicked")))
     }
 
-    /// Requests that wait for a transaction to take them.
-    pub fn waiting(&self) -> usize {
-        self.queue.waiting()
+    /// Requests that have come and are not answered yet.
+    pub fn in_progress(&self) -> usize {
+        MAX_UNITS - self.shared.permits.available_permits()
     }
 
     /// Waits for the units in progress; no new ones may be started. The caller bounds the wait.

@@ -1,7 +1,11 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use shared_events::shipment::MAX_LINES;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc, oneshot},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 
@@ -11,8 +15,13 @@ use crate::{
     switch::Switch,
 };
 
-/// Groups under way at once: while one waits for the disk, the others lock and decide. More would only make them smaller.
-const WRITERS: usize = 3;
+/// Groups under way at once: while one waits for the disk, the others lock and decide.
+const MOST_UNDER_WAY: usize = 3;
+/// Requests that must wait before a group joins one that is under way. Each group costs a processor some two milliseconds
+/// however few requests share them, and the group under way ends soon enough.
+const ENOUGH: usize = 32;
+/// The longest that fewer wait for the one under way: it may be one of large shipments, or stuck.
+const PATIENCE: Duration = Duration::from_millis(50);
 /// Most requests of a group: together they hold no more in memory than one call may.
 const LARGEST: usize = MAX_LINES_OF_A_CALL / MAX_LINES;
 
@@ -68,11 +77,7 @@ impl Queue {
         self.requests.try_send(waiting).ok();
     }
 
-    pub(crate) fn waiting(&self) -> usize {
-        self.requests.max_capacity() - self.requests.capacity()
-    }
-
-    /// The writers end when nothing waits any more.
+    /// Nothing comes any more; what waits is still done.
     pub(crate) fn close(&self) {
         self.closed.cancel();
     }
@@ -80,42 +85,45 @@ impl Queue {
 
 /// Requests for one shipment each that wait at the same time share one transaction, and so one flush of the log.
 ///
-/// Nobody waits for company: an idle writer takes a request at once, and while the writers are busy those that come wait
-/// together. A group waits for no other transaction either, since one shipment locked elsewhere would hold up strangers: what
-/// is locked, or makes the group fail, goes alone, as if there were no groups.
+/// Nobody waits for company while nothing is under way. A group waits for no other transaction either, since one shipment
+/// locked elsewhere would hold up strangers: what is locked, or makes the group fail, goes alone, as if there were no groups.
 pub(crate) fn start(shared: &Arc<Shared>) -> Queue {
     let (requests, waiting) = mpsc::channel(MAX_UNITS);
-    let waiting = Arc::new(Mutex::new(waiting));
     let closed = CancellationToken::new();
-    for _ in 0..WRITERS {
-        let write = write_groups(shared.clone(), waiting.clone(), closed.clone());
-        shared.units.spawn(write);
-    }
+    shared.units.spawn(gather(shared.clone(), waiting, closed.clone()));
     Queue { requests, closed }
 }
 
-async fn write_groups(shared: Arc<Shared>, waiting: Arc<Mutex<mpsc::Receiver<Waiting>>>, closed: CancellationToken) {
-    loop {
-        let Some(group) = next_group(&waiting, &closed).await else {
-            return;
-        };
-        let unit = shared.units.spawn(commit(shared.clone(), group).in_current_span());
-        if let Err(error) = unit.await {
-            tracing::error!(%error, "a group of requests panicked");
+/// Ends when the queue is closed and the last group has its replies.
+async fn gather(shared: Arc<Shared>, mut waiting: mpsc::Receiver<Waiting>, closed: CancellationToken) {
+    let mut under_way = FuturesUnordered::new();
+    let mut group = Vec::new();
+    let mut go_at = Instant::now();
+    let mut open = true;
+    while open || !group.is_empty() || !under_way.is_empty() {
+        let may_join = under_way.len() < MOST_UNDER_WAY && (group.len() >= ENOUGH || go_at <= Instant::now());
+        if !group.is_empty() && (under_way.is_empty() || may_join) {
+            let group = std::mem::take(&mut group);
+            under_way.push(shared.units.spawn(commit(shared.clone(), group).in_current_span()));
+        }
+        let room = LARGEST - group.len();
+        let is_new = group.is_empty();
+        tokio::select! {
+            taken = waiting.recv_many(&mut group, room), if open && room > 0 => {
+                open = taken > 0;
+                if is_new {
+                    go_at = Instant::now() + PATIENCE;
+                }
+            }
+            Some(ended) = under_way.next() => {
+                if let Err(error) = ended {
+                    tracing::error!(%error, "a group of requests panicked");
+                }
+            }
+            () = tokio::time::sleep_until(go_at), if !is_new && under_way.len() < MOST_UNDER_WAY => {}
+            () = closed.cancelled(), if !waiting.is_closed() => waiting.close(),
         }
     }
-}
-
-/// `None` once there will be none.
-async fn next_group(waiting: &Mutex<mpsc::Receiver<Waiting>>, closed: &CancellationToken) -> Option<Vec<Waiting>> {
-    let mut waiting = waiting.lock().await;
-    let mut group = Vec::new();
-    tokio::select! {
-        taken = waiting.recv_many(&mut group, LARGEST) => return (taken > 0).then_some(group),
-        () = closed.cancelled() => waiting.close(),
-    }
-    let taken = waiting.recv_many(&mut group, LARGEST).await;
-    (taken > 0).then_some(group)
 }
 
 async fn commit(shared: Arc<Shared>, group: Vec<Waiting>) {
