@@ -64,7 +64,9 @@ pub(crate) fn consumer_config(client_config: &ClientConfig, group: &str, members
         .set("max.partition.fetch.bytes", "262144")
         .set("message.max.bytes", "1100000")
         .set("fetch.min.bytes", "1")
-        .set("fetch.wait.max.ms", "500")
+        // A partition that is resumed must wait out the request that is on its way: the one for the empty partitions alone.
+        // Longer than a queue lasts at full speed, and a backlog is worked off in bursts.
+        .set("fetch.wait.max.ms", "25")
         .set("fetch.error.backoff.ms", "200")
         // The default of one second stalls a consumer whose small buffers are full now and then (CRATES §3.3).
         .set("fetch.queue.backoff.ms", "5")
