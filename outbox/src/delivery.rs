@@ -29,6 +29,11 @@ const STALLED_AFTER: Duration = Duration::from_secs(10);
 const LAGGING_AFTER: Duration = Duration::from_secs(1);
 /// Acknowledged rows that wait for their mark; past it nothing more is published.
 const MAX_UNMARKED: usize = 50_000;
+/// Most rows of one statement: on a busy server it has to end before the statement timeout, and little is lost with it when it
+/// loses against another transaction.
+const MARKED_AT_ONCE: usize = 5_000;
+/// Marks that have failed this often for a reason that passes end the session, and all that have none are sent again.
+const MARK_ATTEMPTS: u32 = 5;
 /// Longer than a transaction lives between deciding on its events and its commit.
 pub(crate) const UNMARKED_MARGIN: time::Duration = time::Duration::hours(1);
 
@@ -488,16 +493,21 @@ impl Delivery {
 /// Marks the rows, waiting for those that cannot be seen yet: the log brings a commit a moment before other sessions see
 /// its rows, and while a synchronous standby is away long before. An update that finds nothing then is not an error, so
 /// the mark would be lost in silence.
-async fn mark(table: &Table, pool: &LimitedPool, ids: Vec<Uuid>) -> Result<(), sqlx::Error> {
-    if ids.is_empty() {
-        return Ok(());
+async fn mark(table: &Table, pool: &LimitedPool, mut ids: Vec<Uuid>) -> Result<(), sqlx::Error> {
+    ids.sort_unstable();
+    for ids in ids.chunks(MARKED_AT_ONCE) {
+        mark_together(table, pool, ids).await?;
     }
-    let mut left = table::mark_published(table, pool, &ids).await?;
+    Ok(())
+}
+
+async fn mark_together(table: &Table, pool: &LimitedPool, ids: &[Uuid]) -> Result<(), sqlx::Error> {
+    let mut left = mark_visible(table, pool, ids).await?;
     let mut horizon = None;
     let mut pause = FIRST_PAUSE;
     while !left.is_empty() {
         let (oldest_running, next) = table::snapshot(pool).await?;
-        left = table::mark_published(table, pool, &left).await?;
+        left = mark_visible(table, pool, &left).await?;
         if left.is_empty() {
             break;
         }
@@ -511,4 +521,21 @@ async fn mark(table: &Table, pool: &LimitedPool, ids: Vec<Uuid>) -> Result<(), s
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
     Ok(())
+}
+
+/// Those of the rows that have no mark yet. What marks them too, as confirmations do, locks them in its own order, and one of the
+/// two is refused then: to end the session for it would send tens of thousands of events again.
+async fn mark_visible(table: &Table, pool: &LimitedPool, ids: &[Uuid]) -> Result<Vec<Uuid>, sqlx::Error> {
+    let mut pause = FIRST_PAUSE;
+    for attempt in 1..MARK_ATTEMPTS {
+        match table::mark_published(table, pool, ids).await {
+            Err(error) if table::passes(&error) => {
+                tracing::info!(%error, attempt, rows = ids.len(), "rows could not be marked, trying again");
+            }
+            marked => return marked,
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+    table::mark_published(table, pool, ids).await
 }

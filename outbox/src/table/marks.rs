@@ -3,6 +3,13 @@ use sqlx::types::Uuid;
 use super::Table;
 use crate::limited_pool::LimitedPool;
 
+/// Whether the same statement may succeed a moment later: it lost against another transaction or took too long
+/// (serialization_failure, deadlock_detected, lock_not_available, query_canceled).
+pub(crate) fn passes(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    matches!(code.as_deref(), Some("40001" | "40P01" | "55P03" | "57014"))
+}
+
 /// INIT → PUBLISHED, only forward: a row that is marked keeps its first time. One that was set aside is so no more.
 /// Returns the ids that have no visible row.
 pub(crate) async fn mark_published(table: &Table, pool: &LimitedPool, ids: &[Uuid]) -> Result<Vec<Uuid>, sqlx::Error> {

@@ -26,6 +26,49 @@ async fn a_full_life_ends_when_the_record_was_read_back() -> anyhow::Result<()> 
     relay.stop().await
 }
 
+/// A mark that loses against another transaction, or meets the statement timeout, is a matter between the relay and its database:
+/// it is tried again, and no event is sent again for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn marks_that_fail_for_a_passing_reason_are_tried_again() -> anyhow::Result<()> {
+    for (mode, state) in [(Mode::Wal, RelayState::Streaming), (Mode::Poll, RelayState::Polling)] {
+        for code in ["40P01", "57014"] {
+            let stage = Stage::new().await?;
+            let relay = stage.start_relay_with(|settings| settings.mode = mode).await?;
+            relay.reaches(state.clone()).await?;
+            // A sequence is not rolled back: the first marks fail, the third attempt does not.
+            let refuse = format!(
+                "CREATE SEQUENCE public.refusals;
+                 CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+                 BEGIN
+                     IF nextval('public.refusals') <= 2 THEN RAISE 'not now' USING ERRCODE = '{code}'; END IF;
+                     RETURN NULL;
+                 END $$;
+                 CREATE TRIGGER refuse BEFORE UPDATE ON logistics.outbox FOR EACH STATEMENT EXECUTE FUNCTION public.refuse();"
+            );
+            sqlx::raw_sql(sqlx::AssertSqlSafe(refuse)).execute(&stage.pool).await?;
+            for sequence in 1..=20 {
+                stage.commit(&[Stage::event("k", sequence)]).await?;
+            }
+            stage.all_marked().await?;
+            let refusals: i64 = sqlx::query_scalar("SELECT last_value FROM public.refusals")
+                .fetch_one(&stage.pool)
+                .await?;
+            assert!(refusals > 2, "{mode:?}: no mark was refused");
+            stage.commit(&[Stage::event("k", 21)]).await?;
+            let records = stage
+                .read_until(|records| sequences(records, "k").contains(&21))
+                .await?;
+            assert_eq!(
+                sequences(&records, "k"),
+                (1..=21).collect::<Vec<_>>(),
+                "{mode:?}, {code}"
+            );
+            relay.stop().await?;
+        }
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_marks_the_position_says_what_is_published() -> anyhow::Result<()> {
     let stage = Stage::new().await?;
