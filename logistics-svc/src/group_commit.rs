@@ -7,7 +7,7 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, Span};
+use tracing::Span;
 
 use crate::{
     change_shipments::{ChangeError, MAX_LINES_OF_A_CALL, MAX_UNITS, Reply, Request, Shared, log_failure},
@@ -20,7 +20,7 @@ const MOST_UNDER_WAY: usize = 3;
 /// Requests that must wait before a group joins one that is under way. Each group costs a processor some two milliseconds
 /// however few requests share them, and the group under way ends soon enough.
 const ENOUGH: usize = 32;
-/// The longest that fewer wait for the one under way: it may be one of large shipments, or stuck.
+/// The longest that fewer wait for the ones under way while there is room for another: those may be of large shipments, or stuck.
 const PATIENCE: Duration = Duration::from_millis(50);
 /// Most requests of a group: together they hold no more in memory than one call may.
 const LARGEST: usize = MAX_LINES_OF_A_CALL / MAX_LINES;
@@ -35,7 +35,7 @@ pub(crate) struct Waiting {
     _permit: OwnedSemaphorePermit,
 }
 
-/// Where requests wait for the next writer.
+/// Where requests wait for the next group.
 #[derive(Debug, Clone)]
 pub(crate) struct Queue {
     requests: mpsc::Sender<Waiting>,
@@ -104,7 +104,7 @@ async fn gather(shared: Arc<Shared>, mut waiting: mpsc::Receiver<Waiting>, close
         let may_join = under_way.len() < MOST_UNDER_WAY && (group.len() >= ENOUGH || go_at <= Instant::now());
         if !group.is_empty() && (under_way.is_empty() || may_join) {
             let group = std::mem::take(&mut group);
-            under_way.push(shared.units.spawn(commit(shared.clone(), group).in_current_span()));
+            under_way.push(shared.units.spawn(commit(shared.clone(), group)));
         }
         let room = LARGEST - group.len();
         let is_new = group.is_empty();

@@ -32,8 +32,9 @@ const MAX_UNMARKED: usize = 50_000;
 /// Most rows of one statement: on a busy server it has to end before the statement timeout, and little is lost with it when it
 /// loses against another transaction.
 const MARKED_AT_ONCE: usize = 5_000;
-/// Marks that have failed this often for a reason that passes end the session, and all that have none are sent again.
-const MARK_ATTEMPTS: u32 = 5;
+/// For how long marks that fail for a reason that passes are begun again. Together with the statement timeout it stays below the
+/// server's patience with a stream that says nothing, 60 s, because a refused row waits for the marks before it.
+const MARK_PATIENCE: Duration = Duration::from_secs(30);
 /// Longer than a transaction lives between deciding on its events and its commit.
 pub(crate) const UNMARKED_MARGIN: time::Duration = time::Duration::hours(1);
 
@@ -493,28 +494,19 @@ impl Delivery {
 /// Marks the rows, waiting for those that cannot be seen yet: the log brings a commit a moment before other sessions see
 /// its rows, and while a synchronous standby is away long before. An update that finds nothing then is not an error, so
 /// the mark would be lost in silence.
-async fn mark(table: &Table, pool: &LimitedPool, mut ids: Vec<Uuid>) -> Result<(), sqlx::Error> {
-    ids.sort_unstable();
-    for ids in ids.chunks(MARKED_AT_ONCE) {
-        mark_together(table, pool, ids).await?;
-    }
-    Ok(())
-}
-
-async fn mark_together(table: &Table, pool: &LimitedPool, ids: &[Uuid]) -> Result<(), sqlx::Error> {
-    let mut left = mark_visible(table, pool, ids).await?;
+async fn mark(table: &Table, pool: &LimitedPool, ids: Vec<Uuid>) -> Result<(), sqlx::Error> {
+    let give_up = Instant::now() + MARK_PATIENCE;
+    let mut left = mark_visible(table, pool, ids, give_up).await?;
     let mut horizon = None;
     let mut pause = FIRST_PAUSE;
     while !left.is_empty() {
         let (oldest_running, next) = table::snapshot(pool).await?;
-        left = mark_visible(table, pool, &left).await?;
-        if left.is_empty() {
-            break;
-        }
+        left = mark_visible(table, pool, left, give_up).await?;
+        let Some(first) = left.first() else { break };
         // Every transaction that could still bring them has ended: deleted by hand, or by a retention that did not wait
         // for the mark. They are published.
         if oldest_running >= *horizon.get_or_insert(next) {
-            tracing::warn!(rows = left.len(), first = %left[0], "published rows are gone and cannot be marked");
+            tracing::warn!(rows = left.len(), %first, "published rows are gone and cannot be marked");
             break;
         }
         tokio::time::sleep(pause).await;
@@ -523,19 +515,30 @@ async fn mark_together(table: &Table, pool: &LimitedPool, ids: &[Uuid]) -> Resul
     Ok(())
 }
 
-/// Those of the rows that have no mark yet. What marks them too, as confirmations do, locks them in its own order, and one of the
-/// two is refused then: to end the session for it would send tens of thousands of events again.
-async fn mark_visible(table: &Table, pool: &LimitedPool, ids: &[Uuid]) -> Result<Vec<Uuid>, sqlx::Error> {
-    let mut pause = FIRST_PAUSE;
-    for attempt in 1..MARK_ATTEMPTS {
-        match table::mark_published(table, pool, ids).await {
-            Err(error) if table::passes(&error) => {
-                tracing::info!(%error, attempt, rows = ids.len(), "rows could not be marked, trying again");
+/// Marks the rows that can be seen, and returns the others. What writes to the same rows, as confirmations do, locks them in its own
+/// order, and one of the two is refused then; to end the session for it would send tens of thousands of events again.
+async fn mark_visible(
+    table: &Table,
+    pool: &LimitedPool,
+    mut ids: Vec<Uuid>,
+    give_up: Instant,
+) -> Result<Vec<Uuid>, sqlx::Error> {
+    // Rows of one time stand together in the table and in its partitions.
+    ids.sort_unstable();
+    let mut unseen = Vec::new();
+    for ids in ids.chunks(MARKED_AT_ONCE) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match table::mark_published(table, pool, ids).await {
+                Ok(left) => break unseen.extend(left),
+                Err(error) if table::may_pass(&error) && Instant::now() < give_up => {
+                    tracing::info!(%error, rows = ids.len(), "rows could not be marked, trying again");
+                }
+                Err(error) => return Err(error),
             }
-            marked => return marked,
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
     }
-    table::mark_published(table, pool, ids).await
+    Ok(unseen)
 }

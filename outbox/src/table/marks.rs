@@ -5,7 +5,7 @@ use crate::limited_pool::LimitedPool;
 
 /// Whether the same statement may succeed a moment later: it lost against another transaction or took too long
 /// (serialization_failure, deadlock_detected, lock_not_available, query_canceled).
-pub(crate) fn passes(error: &sqlx::Error) -> bool {
+pub(crate) fn may_pass(error: &sqlx::Error) -> bool {
     let code = error.as_database_error().and_then(|error| error.code());
     matches!(code.as_deref(), Some("40001" | "40P01" | "55P03" | "57014"))
 }

@@ -35,7 +35,7 @@ pub(crate) use confirmations::{record_settled, settled_to, unconfirmed};
 pub use inspect::{EventState, StateCount};
 pub(crate) use inspect::{backlog, counts, drop_slot, event, slot};
 pub(crate) use marks::{
-    Aside, confirm, failed_keys, is_seen, mark_published, mark_published_again, passes, set_aside, snapshot,
+    Aside, confirm, failed_keys, is_seen, mark_published, mark_published_again, may_pass, set_aside, snapshot,
 };
 pub(crate) use partitions::{drop_partitions, ensure_partitions, forget_default_rows};
 pub(crate) use positions::{Position, SlotIdentity, record_position, recorded_position, unmarked_before};
