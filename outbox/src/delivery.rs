@@ -32,8 +32,8 @@ const MAX_UNMARKED: usize = 50_000;
 /// Most rows of one statement: on a busy server it has to end before the statement timeout, and little is lost with it when it
 /// loses against another transaction.
 const MARKED_AT_ONCE: usize = 5_000;
-/// For how long marks that fail for a reason that passes are begun again. Together with the statement timeout it stays below the
-/// server's patience with a stream that says nothing, 60 s, because a refused row waits for the marks before it.
+/// For how long marks that fail for a reason that passes are begun again. Not longer: a refused row waits for the marks before it,
+/// and the server ends a stream that says nothing for a minute.
 const MARK_PATIENCE: Duration = Duration::from_secs(30);
 /// Longer than a transaction lives between deciding on its events and its commit.
 pub(crate) const UNMARKED_MARGIN: time::Duration = time::Duration::hours(1);
