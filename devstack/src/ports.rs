@@ -1,8 +1,10 @@
-//! Ports on 127.0.0.1: chosen once per stack among the free ones, then kept.
+//! Ports on 127.0.0.1: chosen once per stack among the free ones, then kept; or reserved by a process for its own servers.
 
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
+use tokio::net::TcpSocket;
 
 use crate::failure::{Exit, Failure};
 
@@ -140,6 +142,33 @@ fn is_free(port: u16) -> bool {
     TcpListener::bind(("127.0.0.1", port)).is_ok()
 }
 
+/// Reserves a port for a server that this process starts, until this process ends.
+///
+/// A port that was merely free a moment ago may be an outgoing connection's by the time the server binds it, or while
+/// the server is down between a kill and its next start. This one stays bound to a socket that never listens: servers
+/// that set `SO_REUSEADDR`, as they all do, bind it beside that socket as often as they like (socket(7)), and the kernel
+/// gives it to nobody who asks for just any port.
+///
+/// # Errors
+/// If no port is free.
+pub fn reserve() -> anyhow::Result<u16> {
+    let socket = bind_without_listening().context("reserve a port")?;
+    let port = socket
+        .local_addr()
+        .context("read the number of a reserved port")?
+        .port();
+    // A few per process, for its whole life: the kernel closes them.
+    std::mem::forget(socket);
+    Ok(port)
+}
+
+fn bind_without_listening() -> std::io::Result<TcpSocket> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_reuseaddr(true)?;
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into())?;
+    Ok(socket)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,5 +232,18 @@ mod tests {
         };
         let refusal = Ports::choose(wanted, None, &[]).unwrap_err();
         assert_eq!(refusal.exit, Exit::Usage);
+    }
+
+    #[test]
+    fn a_reserved_port_takes_one_server_after_another_and_nobody_who_would_keep_it() {
+        let port = reserve().unwrap();
+        for _ in 0..2 {
+            let server = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+            assert!(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err());
+            drop(server);
+        }
+        let outgoing = TcpSocket::new_v4().unwrap();
+        let refusal = outgoing.bind((Ipv4Addr::LOCALHOST, port).into()).unwrap_err();
+        assert_eq!(refusal.kind(), std::io::ErrorKind::AddrInUse);
     }
 }

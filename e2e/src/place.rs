@@ -1,8 +1,8 @@
-use std::{net::TcpListener, str::FromStr, time::Duration};
+use std::{str::FromStr, time::Duration};
 
-use anyhow::Context;
 use devstack::{
     database::{COMMERCE, LOGISTICS, RELAY},
+    ports,
     testing::{PrivateKafka, PrivatePostgres, Service, TestDatabase, TestServers, TestTopics, binary},
 };
 use sqlx::{PgPool, postgres::PgConnectOptions, postgres::PgPoolOptions};
@@ -96,10 +96,10 @@ impl Place {
             commerce_url,
             brokers,
             slot: format!("e2e_{}", Uuid::now_v7().simple()),
-            api_port: free_port()?,
-            relay_port: free_port()?,
-            other_relay_port: free_port()?,
-            consumer_ports: (0..CONSUMERS).map(|_| free_port()).collect::<Result<_, _>>()?,
+            api_port: ports::reserve()?,
+            relay_port: ports::reserve()?,
+            other_relay_port: ports::reserve()?,
+            consumer_ports: (0..CONSUMERS).map(|_| ports::reserve()).collect::<Result<_, _>>()?,
             topics,
             _database: database,
         })
@@ -139,9 +139,4 @@ fn build_fingerprint() -> anyhow::Result<String> {
         newest = newest.max(modified.duration_since(std::time::UNIX_EPOCH)?.as_millis());
     }
     Ok(format!("{newest:x}"))
-}
-
-fn free_port() -> anyhow::Result<u16> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).context("find a free port")?;
-    Ok(listener.local_addr().context("find a free port")?.port())
 }

@@ -12,6 +12,7 @@ use devstack::{
     health,
     java::Java,
     kafka::Tuning,
+    ports,
     process::{Lifetime, Process, ProcessIdentity},
     progress::Progress,
 };
@@ -174,7 +175,7 @@ async fn spawn_logistics(
     role: &str,
     settings: &[(String, String)],
 ) -> anyhow::Result<(Process, String)> {
-    let address = format!("127.0.0.1:{}", servers::free_port()?);
+    let address = format!("127.0.0.1:{}", ports::reserve()?);
     let mut command = service(&servers::program("logistics-svc")?);
     command
         .arg(role)
@@ -203,7 +204,7 @@ async fn spawn_logistics(
 /// # Errors
 /// If it ends or is not ready in time, with the end of its log.
 pub async fn start_commerce(place: &Place, settings: &[(String, String)]) -> anyhow::Result<Process> {
-    let address = format!("127.0.0.1:{}", servers::free_port()?);
+    let address = format!("127.0.0.1:{}", ports::reserve()?);
     let mut command = service(&servers::program("commerce-consumer")?);
     command
         .arg("consume")
@@ -231,7 +232,7 @@ async fn start_connect(place: &Place) -> anyhow::Result<Connect> {
     let options = WorkerOptions {
         dir: place.dir.path().join("connect"),
         java: Java::find()?.path,
-        port: servers::free_port()?,
+        port: ports::reserve()?,
         log,
         tuning: Tuning::Throughput,
         lifetime: Lifetime::Bound,

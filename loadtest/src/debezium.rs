@@ -11,11 +11,12 @@ use anyhow::{Context, bail};
 use devstack::{
     failure::{Exit, Failure},
     java::Java,
+    ports,
     process::{Lifetime, Process},
 };
 use tokio::time::Instant;
 
-use crate::{place::Place, servers};
+use crate::place::Place;
 
 /// A Java machine that starts on a busy machine takes a while.
 const READY_DEADLINE: Duration = Duration::from_secs(180);
@@ -104,7 +105,7 @@ impl Debezium {
              producer.acks=all\n",
             place.brokers,
             place.dir.path().join("offsets").display(),
-            servers::free_port()?,
+            ports::reserve()?,
         ))
     }
 

@@ -1,4 +1,4 @@
-use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use devstack::{
@@ -6,6 +6,7 @@ use devstack::{
     failure::{Exit, Failure},
     java::Java,
     kafka::{Kafka, KafkaOptions, Tuning},
+    ports,
     postgres::{Postgres, PostgresOptions},
     process::Lifetime,
     progress::Progress,
@@ -80,7 +81,7 @@ impl Servers {
             &programs,
             PostgresOptions {
                 dir: dir.path().join("postgres"),
-                port: free_port()?,
+                port: ports::reserve()?,
                 password: Uuid::new_v4().simple().to_string(),
                 log: dir.path().join("postgres.log"),
                 lifetime: Lifetime::Bound,
@@ -93,8 +94,8 @@ impl Servers {
             KafkaOptions {
                 dir: dir.path().join("kafka"),
                 java: Java::find()?.path,
-                port: free_port()?,
-                controller_port: free_port()?,
+                port: ports::reserve()?,
+                controller_port: ports::reserve()?,
                 log: dir.path().join("kafka.log"),
                 tuning: Tuning::Throughput,
                 lifetime: Lifetime::Bound,
@@ -152,15 +153,6 @@ fn scratch_dir() -> anyhow::Result<TempDir> {
         .context("create a directory")?;
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).context("open the directory")?;
     Ok(dir)
-}
-
-/// A port that was free a moment ago.
-///
-/// # Errors
-/// If there is none.
-pub fn free_port() -> anyhow::Result<u16> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).context("find a free port")?;
-    Ok(listener.local_addr().context("find a free port")?.port())
 }
 
 /// A program of the product, built beside this one.

@@ -8,6 +8,7 @@ use std::{
 use axum::Router;
 use clap::Parser;
 use commerce_consumer::http::{self, Api};
+use devstack::ports;
 use serde_json::{Value, json};
 use service_runtime::http::HttpSettings;
 use shared_events::Envelope;
@@ -512,9 +513,7 @@ async fn a_service_that_is_away_or_asked_wrongly_is_told_apart_by_the_exit_code(
     assert!(wrong.err.contains("/nowhere/token cannot be read"), "{}", wrong.err);
 
     // Nobody listens where somebody did.
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let nowhere = format!("http://{}", listener.local_addr().unwrap());
-    drop(listener);
+    let nowhere = format!("http://127.0.0.1:{}", ports::reserve().unwrap());
     for args in [
         &["dead-letters", "list"][..],
         &["dead-letters", "skip", unknown, "--reason", "x", "--yes"],

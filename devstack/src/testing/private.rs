@@ -1,5 +1,4 @@
 use std::fs;
-use std::net::TcpListener;
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -13,13 +12,14 @@ use crate::connect::{Connect, ConnectPrograms, OutboxConnector, WorkerOptions};
 use crate::database;
 use crate::java::Java;
 use crate::kafka::{Kafka, KafkaOptions, Tuning};
+use crate::ports;
 use crate::postgres::{Postgres, PostgresOptions};
 use crate::process::Lifetime;
 use crate::progress::Progress;
 use crate::servers::Servers;
 use crate::testing::TestServers;
 
-/// A PostgreSQL server of one test on a free port, with the services' roles. Killed and removed when dropped.
+/// A PostgreSQL server of one test on a port of its own, with the services' roles. Killed and removed when dropped.
 pub struct PrivatePostgres {
     server: Postgres,
     role_password: String,
@@ -37,7 +37,7 @@ impl PrivatePostgres {
         let dir = ScratchDir::create("postgres")?;
         let options = PostgresOptions {
             dir: dir.path().to_owned(),
-            port: free_port()?,
+            port: ports::reserve()?,
             password: Uuid::new_v4().simple().to_string(),
             log: dir.path().join("postgres.log"),
             lifetime: Lifetime::Bound,
@@ -92,7 +92,7 @@ impl DerefMut for PrivatePostgres {
     }
 }
 
-/// A Kafka broker of one test on free ports. Killed and removed when dropped.
+/// A Kafka broker of one test on ports of its own. Killed and removed when dropped.
 pub struct PrivateKafka {
     broker: Kafka,
     _dir: ScratchDir,
@@ -104,8 +104,8 @@ impl PrivateKafka {
         let options = KafkaOptions {
             dir: dir.path().to_owned(),
             java: Java::find()?.path,
-            port: free_port()?,
-            controller_port: free_port()?,
+            port: ports::reserve()?,
+            controller_port: ports::reserve()?,
             log: dir.path().join("kafka.log"),
             tuning: Tuning::QuickStart,
             lifetime: Lifetime::Bound,
@@ -129,7 +129,7 @@ impl DerefMut for PrivateKafka {
     }
 }
 
-/// A Kafka Connect worker with Debezium of one test, its REST interface on a free port. Killed and removed when dropped.
+/// A Kafka Connect worker with Debezium of one test, its REST interface on a port of its own. Killed and removed when dropped.
 pub struct PrivateConnect {
     worker: Connect,
     _dir: ScratchDir,
@@ -144,7 +144,7 @@ impl PrivateConnect {
         let options = WorkerOptions {
             dir: dir.path().to_owned(),
             java: Java::find()?.path,
-            port: free_port()?,
+            port: ports::reserve()?,
             log,
             tuning: Tuning::QuickStart,
             lifetime: Lifetime::Bound,
@@ -202,10 +202,4 @@ impl Drop for ScratchDir {
 
 fn cached_servers() -> anyhow::Result<Servers> {
     Servers::cached()?.context("the server programs are not in the cache: run `./dev test`")
-}
-
-/// A port that was free a moment ago.
-fn free_port() -> anyhow::Result<u16> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).context("find a free port")?;
-    Ok(listener.local_addr().context("find a free port")?.port())
 }

@@ -2,6 +2,7 @@ use std::{process::Command, time::Duration};
 
 use devstack::{
     database::LOGISTICS,
+    ports,
     testing::{Service, TestDatabase, TestServers, binary},
 };
 
@@ -20,14 +21,13 @@ fn run(args: &[&str], env: &[(&str, &str)]) -> (Option<i32>, String) {
     (output.status.code(), String::from_utf8(text).unwrap())
 }
 
-async fn free_address() -> String {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    listener.local_addr().unwrap().to_string()
+fn unused_address() -> String {
+    format!("127.0.0.1:{}", ports::reserve().unwrap())
 }
 
 #[tokio::test]
 async fn mistakes_end_the_process_with_the_documented_code() {
-    let nowhere = format!("postgres://postgres@{}/shop", free_address().await);
+    let nowhere = format!("postgres://postgres@{}/shop", unused_address());
     let (code, text) = run(&["migrate", "--logistics-migration-database-url", &nowhere], &[]);
     assert_eq!(code, Some(3), "{text}");
     let (code, text) = run(&["api", "--max-event-bytes", "1"], &[]);
@@ -51,7 +51,7 @@ async fn a_schema_that_is_behind_refuses_the_start_and_migrate_repairs_it() {
     let database = TestDatabase::create(&servers, "empty", "0", async |_| Ok(()))
         .await
         .unwrap();
-    let listen = free_address().await;
+    let listen = unused_address();
     let url = database.url_for(LOGISTICS).unwrap();
     let env = [
         ("LOGISTICS_DATABASE_URL", url.as_str()),
@@ -90,7 +90,7 @@ async fn a_schema_that_is_behind_refuses_the_start_and_migrate_repairs_it() {
 
 #[tokio::test]
 async fn a_process_whose_database_is_away_lives_on_and_says_what_is_missing() {
-    let (listen, nowhere) = (free_address().await, free_address().await);
+    let (listen, nowhere) = (unused_address(), unused_address());
     let url = format!("postgres://logistics_svc@{nowhere}/shop");
     let env = [
         ("LOGISTICS_DATABASE_URL", url.as_str()),
@@ -113,7 +113,7 @@ async fn a_process_whose_database_is_away_lives_on_and_says_what_is_missing() {
 #[tokio::test]
 async fn metrics_tell_changes_and_latencies() {
     let database = test_database().await.unwrap();
-    let listen = free_address().await;
+    let listen = unused_address();
     let url = database.url_for(LOGISTICS).unwrap();
     let env = [
         ("LOGISTICS_DATABASE_URL", url.as_str()),

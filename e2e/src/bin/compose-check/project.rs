@@ -1,6 +1,5 @@
 use std::{
     fs,
-    net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
     str::FromStr,
@@ -9,7 +8,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use devstack::{
-    process,
+    ports, process,
     progress::{Progress, seconds},
 };
 use nix::{
@@ -72,10 +71,10 @@ impl Project {
             log,
             debezium,
             ports: Ports {
-                logistics: free_port()?,
-                commerce: free_port()?,
-                postgres: free_port()?,
-                kafka: free_port()?,
+                logistics: ports::reserve()?,
+                commerce: ports::reserve()?,
+                postgres: ports::reserve()?,
+                kafka: ports::reserve()?,
             },
             password: Uuid::new_v4().simple().to_string(),
         })
@@ -269,9 +268,4 @@ impl State {
         }
         Ok(kill(Pid::from_raw(self.pid), Signal::SIGKILL).is_ok())
     }
-}
-
-fn free_port() -> anyhow::Result<u16> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).context("find a free port")?;
-    Ok(listener.local_addr().context("find a free port")?.port())
 }
