@@ -28,6 +28,10 @@ use sqlx::PgPool;
 use tokio::{net::TcpListener, runtime::Runtime};
 use tokio_util::sync::CancellationToken;
 
+#[cfg(feature = "mimalloc")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const USAGE: u8 = 2;
 const UNREACHABLE: u8 = 3;
 

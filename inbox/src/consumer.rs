@@ -8,9 +8,8 @@ use rdkafka::{
     ClientConfig, Message,
     consumer::{BaseConsumer, Consumer},
     error::{KafkaError, RDKafkaErrorCode},
-    message::{BorrowedMessage, Headers},
+    message::{BorrowedHeaders, BorrowedMessage, Headers},
 };
-use shared_events::headers::Header;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -18,7 +17,8 @@ use crate::{
     assignment::Group,
     decode::not_before_ms,
     engine::{EngineError, GroupProtocol, Membership},
-    queue::{Record, due},
+    queue::due,
+    record::Record,
 };
 
 /// How long one poll waits for a record.
@@ -130,33 +130,28 @@ pub(crate) fn is_away(error: &KafkaError) -> bool {
 
 /// `delay` is that of the retry tier whose topic it stands in.
 pub(crate) fn to_record(message: &BorrowedMessage<'_>, delay: Option<Duration>) -> Record {
-    let received = Instant::now();
     let timestamp_ms = message.timestamp().to_millis();
-    let mut record = Record {
-        offset: message.offset(),
-        timestamp_ms,
-        key: message.key().map(<[u8]>::to_vec),
-        value: message.payload().map(<[u8]>::to_vec),
-        headers: Vec::new(),
-        unreadable_headers: None,
-        due: received,
+    let headers = message.headers();
+    let read = || {
+        let headers = headers.iter().flat_map(|headers| headers.iter());
+        let headers = headers.map(|header| (header.key, header.value.unwrap_or_default()));
+        Record::new(
+            message.offset(),
+            timestamp_ms,
+            message.key(),
+            message.payload(),
+            headers,
+        )
     };
-    if let Some(headers) = message.headers() {
-        let read = || -> Vec<Header> {
-            headers
-                .iter()
-                .map(|header| (header.key.to_owned(), header.value.unwrap_or_default().to_vec()))
-                .collect()
-        };
-        // rdkafka panics on a header name that is not UTF-8, which anyone may send.
-        match catch_unwind(AssertUnwindSafe(read)) {
-            Ok(headers) => record.headers = headers,
-            Err(_) => record.unreadable_headers = Some(headers.detach()),
-        }
-    }
+    // rdkafka panics on a header name that is not UTF-8, which anyone may send.
+    let mut record = catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        let mut record = Record::new(message.offset(), timestamp_ms, message.key(), message.payload(), []);
+        record.unreadable_headers = headers.map(BorrowedHeaders::detach);
+        record
+    });
     if let Some(delay) = delay {
         let not_before_ms = not_before_ms(&record);
-        record.due = due(received, SystemTime::now(), timestamp_ms, not_before_ms, delay);
+        record.due = due(record.due, SystemTime::now(), timestamp_ms, not_before_ms, delay);
     }
     record
 }

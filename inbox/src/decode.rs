@@ -1,4 +1,7 @@
-use std::panic::{UnwindSafe, catch_unwind};
+use std::{
+    panic::{UnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 use shared_events::{
     Envelope, Rejection,
@@ -6,7 +9,7 @@ use shared_events::{
     headers::{self, Origin, Redirect},
 };
 
-use crate::queue::Record;
+use crate::record::Record;
 
 /// Reads a record's value. Key and headers do not matter for it: the value is self-sufficient.
 pub(crate) fn decode(value: Option<&[u8]>) -> Result<Envelope, Rejection> {
@@ -49,14 +52,14 @@ fn read(value: Option<&[u8]>) -> Result<Envelope, Rejection> {
 
 /// The record's trace, if it carries a valid one.
 pub(crate) fn traceparent(record: &Record) -> Option<String> {
-    let value = headers::last(&record.headers, headers::TRACEPARENT)?;
+    let value = record.header(headers::TRACEPARENT)?;
     let value = std::str::from_utf8(value).ok()?;
     headers::is_traceparent(value).then(|| value.to_owned())
 }
 
 /// When a retry is due by its header, in milliseconds since 1970.
 pub(crate) fn not_before_ms(record: &Record) -> Option<i64> {
-    let not_before = Redirect::decode(&record.headers)?.not_before?;
+    let not_before = Redirect::decode(&record.header_list())?.not_before?;
     i64::try_from(not_before.unix_timestamp_nanos() / 1_000_000).ok()
 }
 
@@ -69,9 +72,9 @@ pub(crate) struct History {
 
 /// Reads a record's history. `tier` is the retry tier whose topic it stands in, `None` on the main topic, where every
 /// event is new whatever its headers claim.
-pub(crate) fn history(record: &Record, topic: &str, partition: i32, tier: Option<usize>) -> History {
+pub(crate) fn history(record: &Record, topic: &Arc<str>, partition: i32, tier: Option<usize>) -> History {
     let here = Origin {
-        topic: topic.to_owned(),
+        topic: Arc::clone(topic),
         partition,
         offset: record.offset,
         timestamp_ms: record.timestamp_ms,
@@ -82,7 +85,7 @@ pub(crate) fn history(record: &Record, topic: &str, partition: i32, tier: Option
             origin: here,
         };
     };
-    match Redirect::decode(&record.headers) {
+    match Redirect::decode(&record.header_list()) {
         Some(redirect) => History {
             attempts: redirect.attempt,
             origin: redirect.origin,
@@ -102,7 +105,7 @@ mod tests {
     use super::*;
 
     fn record(headers: Vec<Header>) -> Record {
-        Record::for_test(7, Some(b"value"), headers)
+        Record::new(7, Some(1), None, Some(b"value"), []).with_headers(&headers)
     }
 
     #[test]
@@ -144,13 +147,13 @@ mod tests {
             consumer_version: String::new(),
         };
         let record = record(forged.encode(&[]));
-        let fresh = history(&record, "main", 2, None);
+        let fresh = history(&record, &"main".into(), 2, None);
         assert_eq!(fresh.attempts, 0);
         assert_eq!(
-            (fresh.origin.topic.as_str(), fresh.origin.partition, fresh.origin.offset),
+            (&*fresh.origin.topic, fresh.origin.partition, fresh.origin.offset),
             ("main", 2, 7)
         );
-        let retried = history(&record, "main.retry.1", 2, Some(1));
+        let retried = history(&record, &"main.retry.1".into(), 2, Some(1));
         assert_eq!((retried.attempts, retried.origin.offset), (900, 9));
     }
 
@@ -158,7 +161,11 @@ mod tests {
     fn a_retry_record_without_history_has_been_tried_as_often_as_its_tier_says() {
         for attempt in ["", "-1", "0", "99999999999999", "x"] {
             let record = record(vec![(headers::ATTEMPT.to_owned(), attempt.as_bytes().to_vec())]);
-            assert_eq!(history(&record, "main.retry.2", 0, Some(2)).attempts, 2, "{attempt:?}");
+            assert_eq!(
+                history(&record, &"main.retry.2".into(), 0, Some(2)).attempts,
+                2,
+                "{attempt:?}"
+            );
         }
     }
 }

@@ -1,6 +1,6 @@
 use std::sync::{
     Arc,
-    atomic::{AtomicI64, Ordering},
+    atomic::{AtomicBool, AtomicI64, Ordering},
 };
 
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,9 @@ pub(crate) struct Lane {
     pub(crate) queue: Queue,
     /// Cancelled when the partition is revoked or the engine stops: the batch in flight is the last.
     pub(crate) cancel: CancellationToken,
+    /// Whether the next events are expected to have taken effect before: after the assignment, when what the last owner had in
+    /// hand comes again, and after a batch that brought such events.
+    pub(crate) repeats: AtomicBool,
     finished: AtomicI64,
     lag: AtomicI64,
     in_hand_ms: AtomicI64,
@@ -32,6 +35,7 @@ impl Lane {
             tier,
             queue: Queue::default(),
             cancel: CancellationToken::new(),
+            repeats: AtomicBool::new(true),
             finished: AtomicI64::new(UNKNOWN),
             lag: AtomicI64::new(UNKNOWN),
             in_hand_ms: AtomicI64::new(UNKNOWN),

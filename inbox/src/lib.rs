@@ -26,6 +26,9 @@ mod assignment;
 /// What the poll thread and a partition's worker share.
 mod lane;
 
+/// A record as it is kept between them.
+mod record;
+
 /// A partition's bounded queue between the two.
 mod queue;
 

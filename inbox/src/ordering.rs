@@ -178,7 +178,7 @@ pub(crate) fn settle(
     events: &[IncomingEvent],
     turns: &[Turn],
     answers: Vec<Outcome>,
-    histories: &[History],
+    histories: &[&History],
     held: &HeldKeys,
     ordering: &Ordering,
     schedule: &Schedule,

@@ -14,8 +14,8 @@ use crate::{
     metrics::Metrics,
     ordering::Verdict,
     process::{Batch, BatchError, Process},
-    queue::Record,
     rate_limit::{Permit, RateLimits},
+    record::Record,
     redirect::{Letter, Outgoing, Redirector, Undelivered},
     retry::{Backoff, Step, random_unit},
     status::Status,
@@ -148,7 +148,7 @@ impl<H: Handler> Workers<H> {
         };
         for (place, record) in in_hand.records.iter().enumerate() {
             self.metrics.consumed(record.timestamp_ms);
-            let verdict = match decode::decode(record.value.as_deref()) {
+            let verdict = match decode::decode(record.value()) {
                 Err(rejection) => dead_letter(rejection),
                 // One that is to be a dead letter holds its key like any other: its transaction decides.
                 Ok(envelope)
@@ -208,15 +208,12 @@ impl<H: Handler> Workers<H> {
     async fn apply(&self, lane: &Lane, leave: &mut Leave, in_hand: &mut InHand) -> Result<(), Cancelled> {
         let of_places = |place: &usize| &in_hand.records[*place];
         let records: Vec<&Record> = in_hand.places.iter().map(of_places).collect();
-        let histories: Vec<History> = in_hand
-            .places
-            .iter()
-            .map(|place| in_hand.histories[*place].clone())
-            .collect();
+        let histories: Vec<&History> = in_hand.places.iter().map(|place| &in_hand.histories[*place]).collect();
         let batch = Batch {
             events: &in_hand.events,
             records: &records,
             histories: &histories,
+            repeats: &lane.repeats,
         };
         let mut verdicts = vec![None; in_hand.events.len()];
         let mut put_off: Vec<usize> = Vec::new();

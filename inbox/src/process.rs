@@ -4,7 +4,7 @@ use std::{
     panic::AssertUnwindSafe,
     sync::{
         Arc,
-        atomic::{self, AtomicI64},
+        atomic::{self, AtomicBool, AtomicI64},
     },
     time::{Duration, Instant},
 };
@@ -22,7 +22,7 @@ use crate::{
     handler::{Handler, HandlerError, IncomingEvent, Outcome, Reason},
     ordering::{HeldKeys, Ordering, OutOfOrder, Settlement, Turn, Verdict, settle, turns},
     pace::Commits,
-    queue::Record,
+    record::Record,
     retry::{Schedule, Step},
     table::{Failed, Hold, Parked, Table},
 };
@@ -61,12 +61,24 @@ pub(crate) enum BatchError {
     Undelivered(String),
 }
 
+/// From so many events on, rows that are expected to be new go as a stream; for fewer, its one more round trip is dear.
+const STREAMED_FROM: usize = 16;
+
 /// Decoded events, and beside each the record it came in and the attempts behind it.
 #[derive(Clone, Copy)]
 pub(crate) struct Batch<'a> {
     pub(crate) events: &'a [IncomingEvent],
     pub(crate) records: &'a [&'a Record],
-    pub(crate) histories: &'a [History],
+    pub(crate) histories: &'a [&'a History],
+    /// Whether some of the events are expected to have taken effect before. Kept up to date by each transaction.
+    pub(crate) repeats: &'a AtomicBool,
+}
+
+/// Why a transaction was rolled back that is to be made again at once.
+enum Again {
+    OutOfOrder(OutOfOrder),
+    /// Events that were expected to be new have taken effect before.
+    Repeats,
 }
 
 impl<'a> Batch<'a> {
@@ -75,6 +87,7 @@ impl<'a> Batch<'a> {
             events: &self.events[range.clone()],
             records: &self.records[range.clone()],
             histories: &self.histories[range],
+            repeats: self.repeats,
         }
     }
 }
@@ -121,7 +134,8 @@ impl<H: Handler> Process<H> {
             loop {
                 match self.transact(&mut connection, batch, judged, &behind).await? {
                     Ok(verdicts) => return Ok(verdicts),
-                    Err(OutOfOrder(ids)) => behind.extend(ids),
+                    Err(Again::OutOfOrder(OutOfOrder(ids))) => behind.extend(ids),
+                    Err(Again::Repeats) => batch.repeats.store(true, atomic::Ordering::Relaxed),
                 }
             }
         });
@@ -141,14 +155,14 @@ impl<H: Handler> Process<H> {
         batch: Batch<'_>,
         judged: Option<&Outcome>,
         behind: &HashSet<Uuid>,
-    ) -> Result<Result<Vec<Verdict>, OutOfOrder>, BatchError> {
+    ) -> Result<Result<Vec<Verdict>, Again>, BatchError> {
         let events = batch.events;
         let mut transaction = connection.begin().await.map_err(BatchError::Begin)?;
-        let claimed = self.table.claim(&mut transaction, events).await;
-        let mut claimed = claimed.map_err(BatchError::Inbox)?;
+        let Some(is_new) = self.claim(&mut transaction, batch).await? else {
+            transaction.rollback().await.map_err(BatchError::Inbox)?;
+            return Ok(Err(Again::Repeats));
+        };
         crash_point::CLAIM_AFTER.reached();
-        // The same id twice in one batch: the first one is the event, the second a duplicate of it.
-        let is_new: Vec<bool> = events.iter().map(|event| claimed.remove(&event.envelope.id)).collect();
         // After the claim: whoever tried the same events before us has ended by now, and what he noted is seen.
         let held = self.table.lock_held(&mut transaction, events).await;
         let held = held.map_err(BatchError::Inbox)?;
@@ -172,7 +186,7 @@ impl<H: Handler> Process<H> {
             Ok(settlement) => settlement,
             Err(out_of_order) => {
                 transaction.rollback().await.map_err(BatchError::Inbox)?;
-                return Ok(Err(out_of_order));
+                return Ok(Err(Again::OutOfOrder(out_of_order)));
             }
         };
         self.write(&mut transaction, batch, &settlement, &held, &passed).await?;
@@ -189,6 +203,29 @@ impl<H: Handler> Process<H> {
             self.releasing.notify_one();
         }
         Ok(Ok(settlement.verdicts))
+    }
+
+    /// Inserts the inbox rows and tells which events are new. `None` if that took a guess that was wrong: nothing can be done in this
+    /// transaction any more.
+    ///
+    /// Events come again after a crash, a rebalance, a redrive, and then in numbers; in between hardly ever. So what the last
+    /// batch brought is expected of the next one. Either way the key of the table decides.
+    async fn claim(
+        &self,
+        transaction: &mut PgTransaction<'_>,
+        batch: Batch<'_>,
+    ) -> Result<Option<Vec<bool>>, BatchError> {
+        let events = batch.events;
+        if events.len() >= STREAMED_FROM && !batch.repeats.load(atomic::Ordering::Relaxed) {
+            let all_new = self.table.claim_new(transaction, events).await;
+            return Ok(all_new.map_err(BatchError::Inbox)?.then(|| vec![true; events.len()]));
+        }
+        let claimed = self.table.claim(transaction, events).await;
+        let mut claimed = claimed.map_err(BatchError::Inbox)?;
+        // The same id twice in one batch: the first one is the event, the second a duplicate of it.
+        let is_new: Vec<bool> = events.iter().map(|event| claimed.remove(&event.envelope.id)).collect();
+        batch.repeats.store(is_new.contains(&false), atomic::Ordering::Relaxed);
+        Ok(Some(is_new))
     }
 
     /// Those of `ids` that took effect here are no dead letters any more, nor are those that were tried before: one that
@@ -356,7 +393,7 @@ impl<H: Handler> Process<H> {
                 Verdict::Failed { step, class, reason } => Some(Failed {
                     event: Some(&batch.events[place]),
                     record: batch.records[place],
-                    history: &batch.histories[place],
+                    history: batch.histories[place],
                     topic: &batch.events[place].position.topic,
                     partition: batch.events[place].position.partition,
                     class: *class,
@@ -404,7 +441,7 @@ impl<H: Handler> Process<H> {
             .map(|place| Parked {
                 event: &batch.events[*place],
                 record: batch.records[*place],
-                history: &batch.histories[*place],
+                history: batch.histories[*place],
             })
             .collect();
         let counts = self.table.park(transaction, &parked).await.map_err(BatchError::Inbox)?;

@@ -4,56 +4,15 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use rdkafka::message::OwnedHeaders;
-use shared_events::headers::Header;
 use tokio::{sync::Notify, time::Instant};
+
+use crate::record::Record;
 
 /// A partition is paused when its queue holds this many records or bytes, and resumed at half of both. Records are
 /// small (DESIGN §5), so bytes only matter when someone sends large ones; with 48 partitions this bounds all queues
 /// together to 24 MiB.
 const HIGH_RECORDS: usize = 1_000;
 const HIGH_BYTES: usize = 512 * 1024;
-
-/// A record taken off the consumer's own buffers.
-#[derive(Debug)]
-pub(crate) struct Record {
-    pub(crate) offset: i64,
-    /// Milliseconds since 1970, by the broker or the producer, as the topic is configured.
-    pub(crate) timestamp_ms: Option<i64>,
-    pub(crate) key: Option<Vec<u8>>,
-    pub(crate) value: Option<Vec<u8>>,
-    pub(crate) headers: Vec<Header>,
-    /// Set instead of `headers` if a header's name is not UTF-8; they can be passed on but not read.
-    pub(crate) unreadable_headers: Option<OwnedHeaders>,
-    /// When it may be tried: now, or after what is left of its tier's delay.
-    pub(crate) due: Instant,
-}
-
-impl Record {
-    fn bytes(&self) -> usize {
-        let headers: usize = self
-            .headers
-            .iter()
-            .map(|(name, value)| name.len() + value.len() + 64)
-            .sum();
-        let key = self.key.as_ref().map_or(0, Vec::len);
-        let value = self.value.as_ref().map_or(0, Vec::len);
-        key + value + headers + size_of::<Self>()
-    }
-
-    #[cfg(test)]
-    pub(crate) fn for_test(offset: i64, value: Option<&[u8]>, headers: Vec<Header>) -> Self {
-        Self {
-            offset,
-            timestamp_ms: Some(1),
-            key: None,
-            value: value.map(<[u8]>::to_vec),
-            headers,
-            unreadable_headers: None,
-            due: Instant::now(),
-        }
-    }
-}
 
 /// When a record of a tier is due: its timestamp plus the delay, and not before the time in its header. The timestamp is
 /// the broker's and the header a consumer's, so that one of them still holds the delay when a clock here is ahead. The
@@ -100,7 +59,7 @@ impl Queue {
     /// Takes a record in; true if the queue is now full and the partition is to be paused.
     pub(crate) fn push(&self, record: Record) -> bool {
         let mut state = self.lock();
-        state.bytes += record.bytes();
+        state.bytes += record.size();
         state.records.push_back(record);
         let full = state.records.len() >= HIGH_RECORDS || state.bytes >= HIGH_BYTES;
         drop(state);
@@ -146,7 +105,7 @@ impl Queue {
         let mut state = self.lock();
         let count = most.min(state.records.len());
         let taken: Vec<Record> = state.records.drain(..count).collect();
-        let bytes: usize = taken.iter().map(Record::bytes).sum();
+        let bytes: usize = taken.iter().map(Record::size).sum();
         state.bytes = state.bytes.saturating_sub(bytes);
         taken
     }
@@ -169,7 +128,8 @@ mod tests {
     #[test]
     fn it_is_full_by_count_or_bytes_and_has_room_at_half() {
         let queue = Queue::default();
-        let fill = (0..).find(|offset| queue.push(Record::for_test(*offset, Some(b"x"), Vec::new())));
+        let record = |offset, value: &[u8]| Record::new(offset, Some(1), None, Some(value), []);
+        let fill = (0..).find(|offset| queue.push(record(*offset, b"x")));
         assert_eq!(fill, Some(HIGH_RECORDS as i64 - 1));
         assert_eq!(queue.take(HIGH_RECORDS / 2 - 1).len(), HIGH_RECORDS / 2 - 1);
         assert!(!queue.has_room());
@@ -178,7 +138,7 @@ mod tests {
 
         let queue = Queue::default();
         let large = vec![0; HIGH_BYTES / 4];
-        let fill = (0..).find(|offset| queue.push(Record::for_test(*offset, Some(&large), Vec::new())));
+        let fill = (0..).find(|offset| queue.push(record(*offset, &large)));
         assert_eq!(fill, Some(3));
         assert_eq!(queue.take(10).len(), 4);
         assert!(queue.has_room());

@@ -20,7 +20,7 @@ use crate::{
     consumer::to_record,
     decode::{self, History},
     ordering::Ordering,
-    queue::Record,
+    record::Record,
     table::{FromTopic, Table},
 };
 
@@ -129,9 +129,10 @@ impl Rebuild {
         Ok(progress)
     }
 
-    fn letter(&self, mut record: Record, partition: i32) -> FromTopic {
-        let topic = self.topics.dead_letter();
-        let redirect = Redirect::decode(&record.headers).unwrap_or_else(|| Redirect {
+    fn letter(&self, record: Record, partition: i32) -> FromTopic {
+        let topic = self.topics.dead_letter().into();
+        let headers = record.header_list();
+        let redirect = Redirect::decode(&headers).unwrap_or_else(|| Redirect {
             // Without our headers, it is known by where it stands.
             origin: decode::history(&record, &topic, partition, None).origin,
             attempt: 1,
@@ -141,8 +142,8 @@ impl Rebuild {
             error_message: "the record has no headers that tell".to_owned(),
             consumer_version: UNKNOWN.to_owned(),
         });
-        let envelope = decode::decode(record.value.as_deref()).ok();
-        record.headers = headers::without_redirect(&record.headers);
+        let envelope = decode::decode(record.value()).ok();
+        let record = record.with_headers(&headers::without_redirect(&headers));
         FromTopic {
             holds: envelope
                 .as_ref()
@@ -186,7 +187,7 @@ impl Batch {
     }
 
     fn push(&mut self, letter: FromTopic) {
-        self.bytes += letter.record.value.as_ref().map_or(0, Vec::len);
+        self.bytes += letter.record.value().map_or(0, <[u8]>::len);
         self.events.extend(letter.envelope.as_ref().map(|envelope| envelope.id));
         self.letters.push(letter);
     }

@@ -19,7 +19,7 @@ use crate::{
     failure::Class,
     handler::{IncomingEvent, Reason},
     metrics::Metrics,
-    queue::Record,
+    record::Record,
     retry::Step,
 };
 
@@ -172,10 +172,10 @@ impl Redirector {
             let mut record = FutureRecord::<[u8], [u8]>::to(&letter.topic)
                 .partition(letter.from.partition)
                 .headers(headers(letter));
-            if let Some(key) = &letter.from.record.key {
+            if let Some(key) = letter.from.record.key() {
                 record = record.key(key);
             }
-            if let Some(value) = &letter.from.record.value {
+            if let Some(value) = letter.from.record.value() {
                 record = record.payload(value);
             }
             reports.push(self.producer.send_result(record).map_err(|(error, _)| error));
@@ -267,7 +267,7 @@ fn is_too_large(error: &KafkaError) -> bool {
 }
 
 fn headers(letter: &Letter<'_>) -> OwnedHeaders {
-    let encoded = letter.redirect.encode(&letter.from.record.headers);
+    let encoded = letter.redirect.encode(&letter.from.record.header_list());
     // Headers that cannot be read are passed on as they are; of two with one name the later counts.
     let original = letter.from.record.unreadable_headers.clone();
     encoded.iter().fold(

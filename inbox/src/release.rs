@@ -24,8 +24,8 @@ use crate::{
     ordering::{Key, KeyState, Ordering, Verdict, key, verdict},
     partition::failed,
     process::{BatchError, Process},
-    queue::Record,
     rate_limit::{Budget, RateLimits},
+    record::Record,
     redirect::{Outgoing, Redirector, Undelivered},
     retry::{Backoff, Step, random_unit},
     status::Status,
@@ -711,23 +711,22 @@ fn unparked(row: ParkedRow, keys: &[Key]) -> Unparked {
         failed,
         record: stored,
     } = row;
-    let record = Record {
-        offset: stored.origin_offset,
-        timestamp_ms: stored.origin_timestamp_ms,
-        key: stored.record_key,
-        value: stored.record_value,
-        headers: stored.header_names.into_iter().zip(stored.header_values).collect(),
-        unreadable_headers: None,
-        due: Instant::now(),
-    };
+    let names = stored.header_names.iter().map(String::as_str);
+    let record = Record::new(
+        stored.origin_offset,
+        stored.origin_timestamp_ms,
+        stored.record_key.as_deref(),
+        stored.record_value.as_deref(),
+        names.zip(stored.header_values.iter().map(Vec::as_slice)),
+    );
     let origin = Origin {
-        topic: stored.origin_topic,
+        topic: stored.origin_topic.into(),
         partition: stored.origin_partition,
         offset: stored.origin_offset,
         timestamp_ms: stored.origin_timestamp_ms,
     };
     let key = usize::try_from(place - 1).unwrap_or_default();
-    let (envelope, unreadable) = match decode::decode(record.value.as_deref()) {
+    let (envelope, unreadable) = match decode::decode(record.value()) {
         Ok(envelope) => (envelope, None),
         Err(rejection) => {
             let (aggregate_type, aggregate_id) = keys[key].clone();
@@ -757,7 +756,7 @@ fn unparked(row: ParkedRow, keys: &[Key]) -> Unparked {
         event: IncomingEvent {
             traceparent: decode::traceparent(&record),
             position: Position {
-                topic: origin.topic.as_str().into(),
+                topic: Arc::clone(&origin.topic),
                 partition: origin.partition,
                 offset: origin.offset,
             },

@@ -34,7 +34,7 @@ pub enum Appender {
         outbox: Outbox,
         workload: Workload,
     },
-    /// By creating a shipment.
+    /// Through the endpoint of load test 1, which appends the event of a creation and creates nothing.
     Api { client: reqwest::Client, url: String },
 }
 
@@ -50,7 +50,7 @@ impl Appender {
         let client = reqwest::Client::builder().timeout(REQUEST_DEADLINE).no_proxy().build();
         Ok(Self::Api {
             client: client.context("make the HTTP client")?,
-            url: format!("{base}/v1/shipments"),
+            url: format!("{base}/load-test/outbox"),
         })
     }
 

@@ -150,6 +150,9 @@ impl Contender {
             settings.push(("RELAY_MODE".to_owned(), kind.mode.name().to_owned()));
             settings.push(("RELAY_LIFECYCLE".to_owned(), kind.lifecycle.name().to_owned()));
         }
+        if role != "relay" {
+            settings.push(("LOAD_TEST_ENDPOINT".to_owned(), "true".to_owned()));
+        }
         settings.extend_from_slice(&self.settings);
         let (process, address) = spawn_logistics(place, role, &settings).await?;
         running.processes.push(Started::Process(process));

@@ -117,7 +117,7 @@ impl Topic {
     }
 }
 
-/// Publishes to a topic of its own for `time`, in bursts and one by one, and reads nothing: a Java broker compiles its
+/// Publishes to a topic of its own for `time`, in bursts and one by one, and reads it all back: a Java broker compiles its
 /// hot paths while it works, and the first contender should not pay for that.
 ///
 /// # Errors
@@ -129,10 +129,14 @@ pub async fn warm_up(brokers: &str, partitions: i32, time: Duration) -> anyhow::
         partitions,
     );
     topic.create().await?;
-    let (brokers, name) = (brokers.to_owned(), topic.name.clone());
-    let published = tokio::task::spawn_blocking(move || publish(&brokers, &name, time)).await;
+    let warmed = topic.clone();
+    let warming = tokio::task::spawn_blocking(move || {
+        publish(&warmed.brokers, &warmed.name, time)?;
+        warmed.reader()?.read_back()
+    });
+    let warm = warming.await;
     topic.delete().await?;
-    published.context("warm up the broker")?
+    warm.context("warm up the broker")?
 }
 
 fn publish(brokers: &str, topic: &str, time: Duration) -> anyhow::Result<()> {
@@ -196,6 +200,17 @@ impl Reader {
         let reader = self.clone();
         let ends = tokio::task::spawn_blocking(move || reader.ends()).await;
         Ok(ends.context("ask for the ends of the topic")??.records)
+    }
+
+    /// Everything that stands in the topic now, once.
+    fn read_back(&self) -> anyhow::Result<()> {
+        let ends = self.ends()?;
+        let consumer = self.assign(ends.partitions.iter().map(|(low, _)| *low))?;
+        for _ in 0..ends.records {
+            let record = consumer.poll(DEADLINE).context("nothing came from the broker")?;
+            record.context("read from the broker")?;
+        }
+        Ok(())
     }
 
     /// Reads from these offsets on.

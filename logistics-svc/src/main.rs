@@ -21,6 +21,10 @@ use service_runtime::{
 
 const UNREACHABLE: u8 = 3;
 
+#[cfg(feature = "mimalloc")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let (cli, effective) = settings::parse_or_exit::<Cli>();
     match cli.command {

@@ -1,6 +1,8 @@
 //! Headers are hints for tools: the value alone is enough to apply an event. Only the redirect headers are read back,
 //! and they are parsed with bounds, because anyone who can write to the topic can forge them.
 
+use std::sync::Arc;
+
 use time::OffsetDateTime;
 
 use crate::envelope::format_timestamp;
@@ -81,7 +83,7 @@ impl EventHeaders<'_> {
 /// Where a record first stood.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Origin {
-    pub topic: String,
+    pub topic: Arc<str>,
     pub partition: i32,
     pub offset: i64,
     /// The broker's or producer's time of the first record, milliseconds since 1970; absent if the record had none.
@@ -107,7 +109,7 @@ impl Redirect {
     pub fn encode(&self, original: &[Header]) -> Vec<Header> {
         let mut headers = without_redirect(original);
         let mut put = |name: &str, value: String| headers.push((name.to_owned(), value.into_bytes()));
-        put(ORIGIN_TOPIC, self.origin.topic.clone());
+        put(ORIGIN_TOPIC, self.origin.topic.to_string());
         put(ORIGIN_PARTITION, self.origin.partition.to_string());
         put(ORIGIN_OFFSET, self.origin.offset.to_string());
         if let Some(timestamp_ms) = self.origin.timestamp_ms {
@@ -142,7 +144,7 @@ impl Redirect {
         let or_unknown = |name: &str| text(name).unwrap_or("unknown").to_owned();
         Some(Self {
             origin: Origin {
-                topic: text(ORIGIN_TOPIC)?.to_owned(),
+                topic: text(ORIGIN_TOPIC)?.into(),
                 partition,
                 offset,
                 timestamp_ms: text(ORIGIN_TIMESTAMP).and_then(|value| value.parse().ok()),

@@ -107,7 +107,7 @@ async fn bad_records_become_dead_letters_and_hold_nobody_up() -> anyhow::Result<
     let mut by_value: HashMap<Vec<u8>, _> = HashMap::new();
     for letter in letters {
         let redirect = Redirect::decode(&letter.headers).expect("a dead letter has its origin");
-        assert_eq!(redirect.origin.topic, place.topics.main());
+        assert_eq!(&*redirect.origin.topic, place.topics.main());
         assert_eq!(redirect.origin.partition, letter.partition, "a key keeps its partition");
         assert!(!redirect.error_message.is_empty() && !redirect.consumer_version.is_empty());
         by_value.insert(letter.value.clone().unwrap_or_default(), (letter, redirect));

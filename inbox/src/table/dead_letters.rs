@@ -14,7 +14,7 @@ use crate::{
     failure::Class,
     fingerprint::fingerprint,
     handler::{IncomingEvent, Reason},
-    queue::Record,
+    record::Record,
 };
 
 /// A try that failed.

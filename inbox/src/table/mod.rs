@@ -4,7 +4,10 @@
 //! A service's migration creates the tables as `migrations/commerce/0005_inbox.sql`, `0006_held_keys.sql`,
 //! `0007_dead_letters.sql` to `0010_edited_and_archived_letters.sql` do.
 
-use std::{collections::HashSet, sync::Arc};
+use std::sync::Arc;
+
+/// The inbox rows.
+mod claim;
 
 /// Keys that are held, and for what.
 mod held;
@@ -24,6 +27,7 @@ pub(crate) mod controls;
 /// Records in columns.
 mod records;
 
+use claim::INBOX_COLUMNS;
 pub use controls::Remembered;
 pub(crate) use dead_letters::Failed;
 pub(crate) use held::Hold;
@@ -31,17 +35,13 @@ pub use held::{HeldKeyRow, HeldKeysPage};
 pub(crate) use parked::{Parked, ParkedRow};
 pub(crate) use rebuilt::FromTopic;
 
-use sqlx::{AssertSqlSafe, PgTransaction};
-use uuid::Uuid;
-
-use crate::handler::IncomingEvent;
-
 /// The inbox of one schema, for one consumer group.
 #[derive(Debug, Clone)]
 pub struct Table {
     consumer: Arc<str>,
     schema: Arc<str>,
     claim: Arc<str>,
+    claim_new: Arc<str>,
     release: Arc<str>,
     lock_held: Arc<str>,
 }
@@ -66,6 +66,7 @@ impl Table {
             consumer: consumer.into(),
             schema: schema.into(),
             claim: include_str!("claim.sql").replace("{schema}", schema).into(),
+            claim_new: format!("COPY {schema}.inbox ({INBOX_COLUMNS}) FROM STDIN (FORMAT BINARY)").into(),
             release: format!("DELETE FROM {schema}.inbox WHERE consumer = $1 AND event_id = ANY($2)").into(),
             lock_held: include_str!("lock_held_keys.sql").replace("{schema}", schema).into(),
         })
@@ -74,63 +75,6 @@ impl Table {
     /// The consumer group.
     pub(crate) fn consumer(&self) -> &str {
         &self.consumer
-    }
-
-    /// Inserts the rows of all events at once and returns the ids that are new. An id that is missing has taken effect
-    /// before, or is taking effect right now in another transaction, which this one has then waited for.
-    ///
-    /// # Errors
-    /// Any database error; the transaction is then of no use.
-    pub async fn claim(
-        &self,
-        transaction: &mut PgTransaction<'_>,
-        events: &[IncomingEvent],
-    ) -> Result<HashSet<Uuid>, sqlx::Error> {
-        let count = events.len();
-        let mut ids = Vec::with_capacity(count);
-        let mut aggregate_types = Vec::with_capacity(count);
-        let mut aggregate_ids = Vec::with_capacity(count);
-        let mut sequences = Vec::with_capacity(count);
-        let mut topics = Vec::with_capacity(count);
-        let mut partitions = Vec::with_capacity(count);
-        let mut offsets = Vec::with_capacity(count);
-        for IncomingEvent { envelope, position, .. } in events {
-            ids.push(envelope.id);
-            aggregate_types.push(envelope.aggregate_type.as_str());
-            aggregate_ids.push(envelope.aggregate_id.as_str());
-            sequences.push(envelope.sequence);
-            topics.push(&*position.topic);
-            partitions.push(position.partition);
-            offsets.push(position.offset);
-        }
-        let claimed: Vec<(Uuid,)> = sqlx::query_as(AssertSqlSafe(Arc::clone(&self.claim)))
-            .bind(&*self.consumer)
-            .bind(ids)
-            .bind(aggregate_types)
-            .bind(aggregate_ids)
-            .bind(sequences)
-            .bind(topics)
-            .bind(partitions)
-            .bind(offsets)
-            .fetch_all(&mut **transaction)
-            .await?;
-        Ok(claimed.into_iter().map(|(id,)| id).collect())
-    }
-
-    /// Takes back claims of this transaction: those events did not take effect and must be free to come again.
-    ///
-    /// # Errors
-    /// Any database error; the transaction is then of no use.
-    pub async fn release(&self, transaction: &mut PgTransaction<'_>, ids: &[Uuid]) -> Result<(), sqlx::Error> {
-        if ids.is_empty() {
-            return Ok(());
-        }
-        sqlx::query(AssertSqlSafe(Arc::clone(&self.release)))
-            .bind(&*self.consumer)
-            .bind(ids)
-            .execute(&mut **transaction)
-            .await?;
-        Ok(())
     }
 }
 

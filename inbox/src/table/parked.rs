@@ -7,7 +7,7 @@ use super::{
     Table,
     records::{self, StoredRecord},
 };
-use crate::{crash_point, decode::History, handler::IncomingEvent, ordering::Key, queue::Record};
+use crate::{crash_point, decode::History, handler::IncomingEvent, ordering::Key, record::Record};
 
 /// An event to be parked, with the record it came in.
 pub(crate) struct Parked<'a> {

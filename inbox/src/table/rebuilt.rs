@@ -2,7 +2,7 @@ use shared_events::{Envelope, headers::Redirect};
 use sqlx::{Arguments, PgPool, postgres::PgArguments};
 
 use super::{Table, records};
-use crate::{decode::History, fingerprint::fingerprint, queue::Record};
+use crate::{decode::History, fingerprint::fingerprint, record::Record};
 
 /// A record of the dead-letter topic.
 pub(crate) struct FromTopic {

@@ -1,6 +1,6 @@
 use sqlx::{Arguments, FromRow, postgres::PgArguments};
 
-use crate::{decode::History, queue::Record};
+use crate::{decode::History, record::Record};
 
 /// A record, where it first stood and how often it was tried, as both tables that keep records have it.
 #[derive(Debug, Clone, PartialEq, Eq, FromRow)]
@@ -51,13 +51,13 @@ pub(super) fn add<'a>(
         timestamps.push(origin.timestamp_ms);
         attempts.push(i32::try_from(*tried).unwrap_or(i32::MAX));
         own_partitions.push(partition);
-        keys.push(record.key.as_deref());
-        values.push(record.value.as_deref());
+        keys.push(record.key());
+        values.push(record.value());
         headers_from.push(place(header_names.len() + 1));
-        for (name, value) in &record.headers {
+        for (name, value) in record.headers() {
             // The one character that PostgreSQL's text cannot hold.
             header_names.push(name.replace('\0', ""));
-            header_values.push(value.as_slice());
+            header_values.push(value);
         }
         headers_to.push(place(header_names.len()));
     }

@@ -21,6 +21,23 @@ async fn every_event_takes_effect_once_and_in_order_with_every_record_twice_and_
     stage.assert_once_and_in_order(COUNT as i64).await;
 }
 
+/// Large batches of new events are streamed into the inbox, which cannot pass over a row: here they meet events that come again.
+#[tokio::test(flavor = "multi_thread")]
+async fn events_that_come_again_among_many_new_ones_take_effect_once_and_are_no_failures() {
+    let stage = Stage::new(&[]).await;
+    let events = events(3_000, 3);
+    let engine = stage.engine().await;
+    for (round, chunk) in events.chunks(500).enumerate() {
+        let again = events[..round * 500].iter().rev().step_by(7);
+        stage.send_events(chunk.iter().chain(again)).await;
+        let sent = (round as i64 + 1) * 500;
+        until("the effects of this round", async || stage.effects().await >= sent).await;
+    }
+    engine.stop().await;
+    stage.assert_once_and_in_order(3_000).await;
+    assert!(stage.dead_letters().is_empty());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn engines_that_come_and_go_repeat_nothing_and_leave_nothing_out() {
     let stage = Stage::new(&[]).await;

@@ -40,7 +40,7 @@ const SCHEMA: &str = "
     CREATE TABLE t.inbox (
         consumer text NOT NULL, event_id uuid NOT NULL, aggregate_type text NOT NULL, aggregate_id text NOT NULL,
         sequence bigint NOT NULL, topic text NOT NULL, partition integer NOT NULL, record_offset bigint NOT NULL,
-        applied_at timestamptz NOT NULL DEFAULT clock_timestamp(), PRIMARY KEY (consumer, event_id));
+        applied_at timestamptz NOT NULL DEFAULT statement_timestamp(), PRIMARY KEY (consumer, event_id));
     CREATE TABLE t.effects (
         id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
         event_id uuid NOT NULL, aggregate_id text NOT NULL, sequence bigint NOT NULL);

@@ -26,6 +26,10 @@ use tokio_util::sync::CancellationToken;
 
 const BATCH: usize = 500;
 
+/// As in the services.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let transactions: u32 = setting("THREADS")?.parse().context("THREADS")?;

@@ -7,7 +7,7 @@ const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-
 fn redirect() -> Redirect {
     Redirect {
         origin: Origin {
-            topic: "logistics.shipments".to_owned(),
+            topic: "logistics.shipments".into(),
             partition: 3,
             offset: 4_711,
             timestamp_ms: Some(1_763_787_600_123),

@@ -129,7 +129,7 @@ async fn dead_letter_topic(place: &Place) -> anyhow::Result<HashSet<Origin>> {
         let origin = redirect
             .ok_or_else(|| anyhow::anyhow!("a dead letter without its origin"))?
             .origin;
-        origins.insert((origin.topic, origin.partition, origin.offset));
+        origins.insert((origin.topic.to_string(), origin.partition, origin.offset));
     }
     Ok(origins)
 }
