@@ -1,11 +1,11 @@
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, AtomicI64, Ordering},
+    atomic::{AtomicI64, Ordering},
 };
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{queue::Queue, rate_limit::Budget};
+use crate::{claim::Expectation, queue::Queue, rate_limit::Budget};
 
 const UNKNOWN: i64 = -1;
 
@@ -19,9 +19,8 @@ pub(crate) struct Lane {
     pub(crate) queue: Queue,
     /// Cancelled when the partition is revoked or the engine stops: the batch in flight is the last.
     pub(crate) cancel: CancellationToken,
-    /// Whether the next events are expected to have taken effect before: after the assignment, when what the last owner had in
-    /// hand comes again, and after a batch that brought such events.
-    pub(crate) repeats: AtomicBool,
+    /// Nothing yet: after the assignment, what the last owner had in hand comes again.
+    pub(crate) expectation: Expectation,
     finished: AtomicI64,
     lag: AtomicI64,
     in_hand_ms: AtomicI64,
@@ -35,7 +34,7 @@ impl Lane {
             tier,
             queue: Queue::default(),
             cancel: CancellationToken::new(),
-            repeats: AtomicBool::new(true),
+            expectation: Expectation::default(),
             finished: AtomicI64::new(UNKNOWN),
             lag: AtomicI64::new(UNKNOWN),
             in_hand_ms: AtomicI64::new(UNKNOWN),

@@ -48,6 +48,9 @@ mod decode;
 /// What a service does with an event: the trait it implements, and what it may answer.
 pub mod handler;
 
+/// A batch's inbox rows: streamed where all its events are expected to be new.
+mod claim;
+
 /// One batch, one transaction: claim, held keys, apply, take back what was not applied, hold, park, commit.
 mod process;
 

@@ -213,7 +213,7 @@ impl<H: Handler> Workers<H> {
             events: &in_hand.events,
             records: &records,
             histories: &histories,
-            repeats: &lane.repeats,
+            expectation: &lane.expectation,
         };
         let mut verdicts = vec![None; in_hand.events.len()];
         let mut put_off: Vec<usize> = Vec::new();

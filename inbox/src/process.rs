@@ -4,7 +4,7 @@ use std::{
     panic::AssertUnwindSafe,
     sync::{
         Arc,
-        atomic::{self, AtomicBool, AtomicI64},
+        atomic::{self, AtomicI64},
     },
     time::{Duration, Instant},
 };
@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::{
+    claim::{self, Expectation, Known},
     crash_point,
     decode::History,
     engine::UnknownTypes,
@@ -61,24 +62,13 @@ pub(crate) enum BatchError {
     Undelivered(String),
 }
 
-/// From so many events on, rows that are expected to be new go as a stream; for fewer, its one more round trip is dear.
-const STREAMED_FROM: usize = 16;
-
 /// Decoded events, and beside each the record it came in and the attempts behind it.
 #[derive(Clone, Copy)]
 pub(crate) struct Batch<'a> {
     pub(crate) events: &'a [IncomingEvent],
     pub(crate) records: &'a [&'a Record],
     pub(crate) histories: &'a [&'a History],
-    /// Whether some of the events are expected to have taken effect before. Kept up to date by each transaction.
-    pub(crate) repeats: &'a AtomicBool,
-}
-
-/// Why a transaction was rolled back that is to be made again at once.
-enum Again {
-    OutOfOrder(OutOfOrder),
-    /// Events that were expected to be new have taken effect before.
-    Repeats,
+    pub(crate) expectation: &'a Expectation,
 }
 
 impl<'a> Batch<'a> {
@@ -87,7 +77,7 @@ impl<'a> Batch<'a> {
             events: &self.events[range.clone()],
             records: &self.records[range.clone()],
             histories: &self.histories[range],
-            repeats: self.repeats,
+            expectation: self.expectation,
         }
     }
 }
@@ -109,6 +99,12 @@ pub(crate) struct Process<H> {
     pub(crate) releasing: Notify,
 }
 
+/// Why a transaction was rolled back that is to be made again at once.
+enum Again {
+    OutOfOrder(OutOfOrder),
+    Known(Known),
+}
+
 impl<H> Process<H> {
     /// Commits, and notes how long the database took for it.
     pub(crate) async fn commit(&self, transaction: PgTransaction<'_>) -> Result<(), BatchError> {
@@ -126,7 +122,7 @@ impl<H: Handler> Process<H> {
     ///
     /// A server that vanished without a word never answers, and its own timeouts do not reach us: the limit ends the
     /// wait. Do not cancel this from outside: a dropped `begin` can leave a connection inside a transaction that nobody
-    /// ends (HAZARDS H3).
+    /// ends (HAZARDS H3), and a dropped COPY leaves it one answer behind.
     pub(crate) async fn process(&self, batch: Batch<'_>, judged: Option<&Outcome>) -> Result<Vec<Verdict>, BatchError> {
         let mut connection = self.pool.acquire().await.map_err(BatchError::Begin)?;
         let transacted = tokio::time::timeout(self.transaction_limit, async {
@@ -135,11 +131,17 @@ impl<H: Handler> Process<H> {
                 match self.transact(&mut connection, batch, judged, &behind).await? {
                     Ok(verdicts) => return Ok(verdicts),
                     Err(Again::OutOfOrder(OutOfOrder(ids))) => behind.extend(ids),
-                    Err(Again::Repeats) => batch.repeats.store(true, atomic::Ordering::Relaxed),
+                    Err(Again::Known(Known)) => {
+                        tracing::debug!(events = batch.events.len(), "some are known: claimed again")
+                    }
                 }
             }
         });
-        match transacted.await {
+        let transacted = transacted.await;
+        if !matches!(transacted, Ok(Ok(_))) {
+            batch.expectation.forget();
+        }
+        match transacted {
             Ok(result) => result,
             Err(_) => {
                 // Cut in the middle of a transaction: it must not meet the next borrower. Dropped, it closes its socket.
@@ -158,9 +160,10 @@ impl<H: Handler> Process<H> {
     ) -> Result<Result<Vec<Verdict>, Again>, BatchError> {
         let events = batch.events;
         let mut transaction = connection.begin().await.map_err(BatchError::Begin)?;
-        let Some(is_new) = self.claim(&mut transaction, batch).await? else {
+        let claimed = claim::claim(&self.table, &mut transaction, events, batch.expectation).await;
+        let Ok(is_new) = claimed.map_err(BatchError::Inbox)? else {
             transaction.rollback().await.map_err(BatchError::Inbox)?;
-            return Ok(Err(Again::Repeats));
+            return Ok(Err(Again::Known(Known)));
         };
         crash_point::CLAIM_AFTER.reached();
         // After the claim: whoever tried the same events before us has ended by now, and what he noted is seen.
@@ -203,29 +206,6 @@ impl<H: Handler> Process<H> {
             self.releasing.notify_one();
         }
         Ok(Ok(settlement.verdicts))
-    }
-
-    /// Inserts the inbox rows and tells which events are new. `None` if that took a guess that was wrong: nothing can be done in this
-    /// transaction any more.
-    ///
-    /// Events come again after a crash, a rebalance, a redrive, and then in numbers; in between hardly ever. So what the last
-    /// batch brought is expected of the next one. Either way the key of the table decides.
-    async fn claim(
-        &self,
-        transaction: &mut PgTransaction<'_>,
-        batch: Batch<'_>,
-    ) -> Result<Option<Vec<bool>>, BatchError> {
-        let events = batch.events;
-        if events.len() >= STREAMED_FROM && !batch.repeats.load(atomic::Ordering::Relaxed) {
-            let all_new = self.table.claim_new(transaction, events).await;
-            return Ok(all_new.map_err(BatchError::Inbox)?.then(|| vec![true; events.len()]));
-        }
-        let claimed = self.table.claim(transaction, events).await;
-        let mut claimed = claimed.map_err(BatchError::Inbox)?;
-        // The same id twice in one batch: the first one is the event, the second a duplicate of it.
-        let is_new: Vec<bool> = events.iter().map(|event| claimed.remove(&event.envelope.id)).collect();
-        batch.repeats.store(is_new.contains(&false), atomic::Ordering::Relaxed);
-        Ok(Some(is_new))
     }
 
     /// Those of `ids` that took effect here are no dead letters any more, nor are those that were tried before: one that

@@ -5,6 +5,9 @@ use tokio::time::Instant;
 /// Room for the headers that logistics writes, with a trace.
 const USUAL_HEADER_BYTES: usize = 384;
 
+/// Counted for headers that cannot be read, whose size nobody tells: two such records fill a partition's queue.
+const UNREADABLE_HEADER_BYTES: usize = 256 * 1024;
+
 /// A record taken off the consumer's own buffers. Key, value and headers lie in one piece of memory: it is made on the poll
 /// thread and let go in a worker, and as some twenty pieces it cost a tenth of the engine's processor time.
 #[derive(Debug)]
@@ -100,9 +103,10 @@ impl Record {
         }
     }
 
-    /// Memory that it takes.
+    /// Bytes of memory that it takes.
     pub(crate) fn size(&self) -> usize {
-        self.bytes.len() + size_of::<Self>()
+        let unreadable = self.unreadable_headers.as_ref().map_or(0, |_| UNREADABLE_HEADER_BYTES);
+        self.bytes.len() + unreadable + size_of::<Self>()
     }
 }
 

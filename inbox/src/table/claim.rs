@@ -6,9 +6,13 @@ use uuid::Uuid;
 use super::Table;
 use crate::handler::IncomingEvent;
 
-/// In the order in which [`rows`] writes them.
-pub(super) const INBOX_COLUMNS: &str =
-    "consumer, event_id, aggregate_type, aggregate_id, sequence, topic, partition, record_offset";
+/// For [`rows`], which writes these columns in this order.
+pub(super) fn copy_statement(schema: &str) -> String {
+    format!(
+        "COPY {schema}.inbox (consumer, event_id, aggregate_type, aggregate_id, sequence, topic, partition, record_offset)
+         FROM STDIN (FORMAT BINARY)"
+    )
+}
 
 impl Table {
     /// Inserts the rows of all events at once and returns the ids that are new. An id that is missing has taken effect

@@ -2,7 +2,8 @@
 //! that are held, and the events parked behind them; the dead letters; what operators set.
 //!
 //! A service's migration creates the tables as `migrations/commerce/0005_inbox.sql`, `0006_held_keys.sql`,
-//! `0007_dead_letters.sql` to `0010_edited_and_archived_letters.sql` do.
+//! `0007_dead_letters.sql` to `0010_edited_and_archived_letters.sql` and `0012_inbox_time.sql` do. No default of the inbox may be
+//! volatile, or its rows cannot be streamed page by page.
 
 use std::sync::Arc;
 
@@ -27,7 +28,6 @@ pub(crate) mod controls;
 /// Records in columns.
 mod records;
 
-use claim::INBOX_COLUMNS;
 pub use controls::Remembered;
 pub(crate) use dead_letters::Failed;
 pub(crate) use held::Hold;
@@ -66,7 +66,7 @@ impl Table {
             consumer: consumer.into(),
             schema: schema.into(),
             claim: include_str!("claim.sql").replace("{schema}", schema).into(),
-            claim_new: format!("COPY {schema}.inbox ({INBOX_COLUMNS}) FROM STDIN (FORMAT BINARY)").into(),
+            claim_new: claim::copy_statement(schema).into(),
             release: format!("DELETE FROM {schema}.inbox WHERE consumer = $1 AND event_id = ANY($2)").into(),
             lock_held: include_str!("lock_held_keys.sql").replace("{schema}", schema).into(),
         })

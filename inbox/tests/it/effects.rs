@@ -1,9 +1,16 @@
+use std::sync::atomic::Ordering;
+
 use inbox::{EngineError, UnknownTypes};
 use rdkafka::{ClientConfig, admin::AdminClient, admin::AdminOptions, client::DefaultClientContext};
+use shared_events::Envelope;
+use uuid::Uuid;
 
 use crate::stage::{DEADLINE, EFFECT, FOREIGN, PARTITIONS, SLOW, Stage, event, events, until};
 
 const COUNT: usize = 6_000;
+
+/// Of the inbox, without its consumer and its time.
+type Row = (Uuid, String, String, i64, String, i32, i64);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_event_takes_effect_once_and_in_order_with_every_record_twice_and_two_engines() {
@@ -21,21 +28,92 @@ async fn every_event_takes_effect_once_and_in_order_with_every_record_twice_and_
     stage.assert_once_and_in_order(COUNT as i64).await;
 }
 
-/// Large batches of new events are streamed into the inbox, which cannot pass over a row: here they meet events that come again.
 #[tokio::test(flavor = "multi_thread")]
-async fn events_that_come_again_among_many_new_ones_take_effect_once_and_are_no_failures() {
+async fn many_new_events_are_streamed_into_the_inbox_and_a_known_one_among_them_costs_one_transaction() {
     let stage = Stage::new(&[]).await;
-    let events = events(3_000, 3);
+    // Notes the statements whose transactions are committed.
+    let trigger = "CREATE TABLE t.claims (statement text);
+        CREATE FUNCTION t.note_claim() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN INSERT INTO t.claims SELECT current_query(); RETURN NULL; END$$;
+        CREATE TRIGGER note AFTER INSERT ON t.inbox FOR EACH STATEMENT EXECUTE FUNCTION t.note_claim()";
+    sqlx::raw_sql(trigger).execute(&stage.pool).await.unwrap();
+    let streamed = async || {
+        stage
+            .number("SELECT count(*) FROM t.claims WHERE statement LIKE 'COPY%'")
+            .await
+    };
     let engine = stage.engine().await;
-    for (round, chunk) in events.chunks(500).enumerate() {
-        let again = events[..round * 500].iter().rev().step_by(7);
-        stage.send_events(chunk.iter().chain(again)).await;
-        let sent = (round as i64 + 1) * 500;
-        until("the effects of this round", async || stage.effects().await >= sent).await;
+    let mut sent = Vec::new();
+    let mut send_together = async |together: &[Envelope]| {
+        // An event that waits for the table, so that those behind it gather.
+        let mut lock = stage.pool.begin().await.unwrap();
+        let statement = "LOCK TABLE t.inbox IN EXCLUSIVE MODE";
+        sqlx::query(statement).execute(&mut *lock).await.unwrap();
+        let first = event(EFFECT, "first", sent.len() as i64 + 1);
+        stage.send_events_to(Some(0), [&first]).await;
+        let waiting = "SELECT count(*) FROM pg_stat_activity
+            WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        until("the first event to wait", async || stage.number(waiting).await == 1).await;
+        stage.send_events_to(Some(0), together).await;
+        sent.push(first);
+        sent.extend_from_slice(together);
+        // Who reads later than the engine has read them: so has the engine.
+        until("the rest to stand in the topic", async || {
+            stage.read(stage.topics.main()).len() == sent.len()
+        })
+        .await;
+        let calls = stage.notes.calls.load(Ordering::Relaxed);
+        lock.rollback().await.unwrap();
+        until("the last one", async || stage.committed() == sent.len() as i64).await;
+        stage.notes.calls.load(Ordering::Relaxed) - calls
+    };
+
+    // Until it is sure that nothing comes again.
+    for key in ["a", "b", "c", "d"] {
+        send_together(&[event(EFFECT, key, 1)]).await;
     }
+    assert_eq!(streamed().await, 0);
+    let new = events(100, 100);
+    assert_eq!(send_together(&new).await, 2);
+    assert_eq!(streamed().await, 1);
+
+    let mut with_a_known_one: Vec<Envelope> = (0..100).map(|n| event(EFFECT, &format!("other-{n}"), 1)).collect();
+    with_a_known_one.insert(33, new[77].clone());
+    assert_eq!(send_together(&with_a_known_one).await, 2, "not halved");
+    assert_eq!(streamed().await, 1, "that one was rolled back");
     engine.stop().await;
-    stage.assert_once_and_in_order(3_000).await;
-    assert!(stage.dead_letters().is_empty());
+
+    let known = 4 * 2 + 1 + 100 + 1 + 33;
+    let rows: Vec<Row> = sqlx::query_as(
+        "SELECT event_id, aggregate_type, aggregate_id, sequence, topic, partition, record_offset FROM t.inbox
+          ORDER BY record_offset",
+    )
+    .fetch_all(&stage.pool)
+    .await
+    .unwrap();
+    let expected = (0..)
+        .zip(&sent)
+        .filter(|(offset, _)| *offset != known)
+        .map(|(offset, event)| {
+            let Envelope {
+                id,
+                aggregate_type,
+                aggregate_id,
+                sequence,
+                ..
+            } = event.clone();
+            (
+                id,
+                aggregate_type,
+                aggregate_id,
+                sequence,
+                stage.topics.main().to_owned(),
+                0,
+                offset,
+            )
+        });
+    assert_eq!(rows, expected.collect::<Vec<Row>>());
+    stage.assert_once_and_in_order(sent.len() as i64 - 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
