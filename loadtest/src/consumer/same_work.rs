@@ -83,8 +83,8 @@ pub async fn measure(
     let step = progress.step(format!("{name}: {events} events"));
     let mut owner = place.owner().await?;
     make_tables(&mut owner, args.events).await?;
-    // An engine before this one has read the topic to its end, in the same group: its topics bear the group's name.
-    place.topic.forget_group(place.group_topics.group()).await?;
+    // One before this one may have read the topic to its end, in the same group.
+    place.topic.forget_group(&group(consumer, place)).await?;
     let load_before = conditions::load();
     let inbox = if consumer.is_peer() {
         "same_work.inbox"
@@ -93,6 +93,8 @@ pub async fn measure(
     };
     let command = command(consumer, args, place, events)?;
     let log = place.log(name);
+    // Nothing that one before this one has said.
+    fs::write(&log, "").context("begin its log")?;
     let process = Process::spawn(name, command, &log, Lifetime::Bound)?;
     let mut running = Running::none();
     running.add(process);
@@ -127,9 +129,18 @@ async fn make_tables(owner: &mut PgConnection, events: u64) -> anyhow::Result<()
     Ok(())
 }
 
+/// The engine's bears the name of its retry topics.
+fn group(consumer: Consumer, place: &Place) -> String {
+    let group = place.group_topics.group();
+    match consumer {
+        Consumer::SpringRecord => format!("{group}.record"),
+        Consumer::SpringBatch => format!("{group}.batch"),
+        Consumer::Commerce | Consumer::Engine | Consumer::EngineUnordered => group.to_owned(),
+    }
+}
+
 fn command(consumer: Consumer, args: &ConsumerArgs, place: &Place, events: u64) -> anyhow::Result<Command> {
     let url = &place.owner_url;
-    let group = place.group_topics.group();
     let mut command = if consumer.is_peer() {
         let jdbc = format!(
             "jdbc:postgresql://{}:{}{}",
@@ -150,8 +161,7 @@ fn command(consumer: Consumer, args: &ConsumerArgs, place: &Place, events: u64) 
             .env("DATABASE_USER", url.username())
             .env("DATABASE_PASSWORD", url.password().unwrap_or_default())
             .env("SCHEMA", "same_work")
-            .env("LISTENER", listener)
-            .env("GROUP", format!("{group}.{listener}"));
+            .env("LISTENER", listener);
         java
     } else {
         let ordering = if consumer == Consumer::EngineUnordered {
@@ -160,15 +170,13 @@ fn command(consumer: Consumer, args: &ConsumerArgs, place: &Place, events: u64) 
             "per-key"
         };
         let mut engine = Command::new(servers::program("ship-orders")?);
-        engine
-            .env("DATABASE_URL", url.as_str())
-            .env("ORDERING", ordering)
-            .env("GROUP", group);
+        engine.env("DATABASE_URL", url.as_str()).env("ORDERING", ordering);
         engine
     };
     command
         .env("KAFKA_BROKERS", &place.brokers)
         .env("TOPIC", place.topic.name())
+        .env("GROUP", group(consumer, place))
         .env("THREADS", args.threads.to_string())
         .env("EVENTS", events.to_string());
     Ok(command)
