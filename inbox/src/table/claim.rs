@@ -56,22 +56,6 @@ impl Table {
         Ok(claimed.into_iter().map(|(id,)| id).collect())
     }
 
-    /// Takes back claims of this transaction: those events did not take effect and must be free to come again.
-    ///
-    /// # Errors
-    /// Any database error; the transaction is then of no use.
-    pub async fn release(&self, transaction: &mut PgTransaction<'_>, ids: &[Uuid]) -> Result<(), sqlx::Error> {
-        if ids.is_empty() {
-            return Ok(());
-        }
-        sqlx::query(AssertSqlSafe(Arc::clone(&self.release)))
-            .bind(&*self.consumer)
-            .bind(ids)
-            .execute(&mut **transaction)
-            .await?;
-        Ok(())
-    }
-
     /// Inserts the rows of events that are all expected to be new, as one stream of rows: half of the server's work for
     /// [`Table::claim`], which has to be able to pass over a row. `false` if one of them has taken effect before, or is
     /// twice among them: the transaction is then of no use, and neither are its rows until they are vacuumed away.
@@ -90,6 +74,22 @@ impl Table {
             Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Takes back claims of this transaction: those events did not take effect and must be free to come again.
+    ///
+    /// # Errors
+    /// Any database error; the transaction is then of no use.
+    pub async fn release(&self, transaction: &mut PgTransaction<'_>, ids: &[Uuid]) -> Result<(), sqlx::Error> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        sqlx::query(AssertSqlSafe(Arc::clone(&self.release)))
+            .bind(&*self.consumer)
+            .bind(ids)
+            .execute(&mut **transaction)
+            .await?;
+        Ok(())
     }
 }
 
