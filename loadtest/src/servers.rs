@@ -20,8 +20,8 @@ use uuid::Uuid;
 
 use crate::{cli::Where, topic};
 
-/// Load on a fresh broker before anything is measured.
-const WARM_UP: Duration = Duration::from_secs(10);
+/// The longest load on a fresh broker before anything is measured.
+const WARM_UP: Duration = Duration::from_secs(90);
 const WARM_UP_PARTITIONS: i32 = 12;
 
 /// Where PostgreSQL and Kafka are. Servers that were started for the run end, and their files go, when this value is
@@ -89,7 +89,7 @@ impl Servers {
             },
         )
         .await?;
-        let kafka = Kafka::start(
+        let mut kafka = Kafka::start(
             &programs,
             KafkaOptions {
                 dir: dir.path().join("kafka"),
@@ -110,7 +110,8 @@ impl Servers {
         connection.close().await.context("close the connection")?;
         step.done("PostgreSQL and Kafka of this run are up");
         let step = progress.step("warming up the broker");
-        topic::warm_up(&kafka.brokers(), WARM_UP_PARTITIONS, WARM_UP).await?;
+        let pid = kafka.process().context("the broker has ended")?.identity().pid;
+        topic::warm_up(&kafka.brokers(), WARM_UP_PARTITIONS, pid, WARM_UP).await?;
         step.done("the broker is warm");
         Ok(Self {
             superuser,

@@ -1,5 +1,8 @@
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -14,7 +17,13 @@ use rdkafka::{
 };
 use uuid::Uuid;
 
+use crate::usage;
+
 const DEADLINE: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(100);
+const WARM_UP_STEP: Duration = Duration::from_secs(5);
+/// Share of a processor that a compiler takes that has little left to do.
+const COMPILED: f64 = 0.05;
 
 /// A topic whose records bear the broker's time.
 #[derive(Debug, Clone)]
@@ -117,12 +126,12 @@ impl Topic {
     }
 }
 
-/// Publishes to a topic of its own for `time`, in bursts and one by one, and reads it all back: a Java broker compiles its
-/// hot paths while it works, and the first contender should not pay for that.
+/// Publishes to a topic of its own, in bursts and one by one, and reads along: a Java broker compiles its hot paths while it works,
+/// and the first contender should not pay for that. Ends when the compiler has little left to do, or when `most` has passed.
 ///
 /// # Errors
 /// If the broker does not answer, or refuses.
-pub async fn warm_up(brokers: &str, partitions: i32, time: Duration) -> anyhow::Result<()> {
+pub async fn warm_up(brokers: &str, partitions: i32, broker_pid: i32, most: Duration) -> anyhow::Result<()> {
     let topic = Topic::new(
         brokers,
         &format!("loadtest.warm-up.{}", Uuid::now_v7().simple()),
@@ -131,30 +140,52 @@ pub async fn warm_up(brokers: &str, partitions: i32, time: Duration) -> anyhow::
     topic.create().await?;
     let warmed = topic.clone();
     let warming = tokio::task::spawn_blocking(move || {
-        publish(&warmed.brokers, &warmed.name, time)?;
-        warmed.reader()?.read_back()
+        let published = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(|| warmed.reader()?.read_along(&published));
+            let publishing = publish_until_compiled(&warmed, broker_pid, most);
+            published.store(true, Ordering::Release);
+            let read = reading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            publishing.and(read)
+        })
     });
     let warm = warming.await;
     topic.delete().await?;
     warm.context("warm up the broker")?
 }
 
-fn publish(brokers: &str, topic: &str, time: Duration) -> anyhow::Result<()> {
+fn publish_until_compiled(topic: &Topic, broker_pid: i32, most: Duration) -> anyhow::Result<()> {
     let producer: BaseProducer = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
+        .set("bootstrap.servers", &topic.brokers)
         .set("enable.idempotence", "true")
         .set("allow.auto.create.topics", "false")
         .set("linger.ms", "0")
         .set("compression.type", "lz4")
         .create()
         .context("create a Kafka client")?;
+    let end = Instant::now() + most;
+    let mut compiled = usage::compiler_seconds(broker_pid);
+    while Instant::now() < end {
+        let start = Instant::now();
+        publish(&producer, &topic.name, WARM_UP_STEP)?;
+        let before = std::mem::replace(&mut compiled, usage::compiler_seconds(broker_pid));
+        let took = compiled.zip(before).map(|(after, before)| after - before);
+        if took.is_some_and(|took| took < start.elapsed().as_secs_f64() * COMPILED) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn publish(producer: &BaseProducer, topic: &str, time: Duration) -> anyhow::Result<()> {
     let end = Instant::now() + time;
     let value = "x".repeat(400);
     for round in 0_u32.. {
         if Instant::now() >= end {
             break;
         }
-        let burst = if round.is_multiple_of(2) { 2_000 } else { 1 };
+        // One burst in a hundred: what is measured is mostly single records, and each way has its paths.
+        let burst = if round.is_multiple_of(100) { 2_000 } else { 1 };
         for number in 0..burst {
             let key = (round.wrapping_add(number)).to_string();
             let record = BaseRecord::to(topic).key(&key).payload(&value);
@@ -202,15 +233,17 @@ impl Reader {
         Ok(ends.context("ask for the ends of the topic")??.records)
     }
 
-    /// Everything that stands in the topic now, once.
-    fn read_back(&self) -> anyhow::Result<()> {
+    /// Everything from the topic's begin, as it comes, until there is no more after `published`.
+    fn read_along(&self, published: &AtomicBool) -> anyhow::Result<()> {
         let ends = self.ends()?;
         let consumer = self.assign(ends.partitions.iter().map(|(low, _)| *low))?;
-        for _ in 0..ends.records {
-            let record = consumer.poll(DEADLINE).context("nothing came from the broker")?;
-            record.context("read from the broker")?;
+        loop {
+            match consumer.poll(POLL) {
+                Some(record) => drop(record.context("read from the broker")?),
+                None if published.load(Ordering::Acquire) => return Ok(()),
+                None => {}
+            }
         }
-        Ok(())
     }
 
     /// Reads from these offsets on.

@@ -34,11 +34,16 @@ const NAME_PREFIX: &str = "test-";
 Examples:
   ./dev test                              the whole suite at a size that fits CI
   ./dev test --full                       the same with the long fault runs
-  ./dev test -- -p outbox restart         cargo test's own arguments: some tests of one crate")]
+  ./dev test -- -p outbox restart         cargo test's own arguments: some tests of one crate
+  ./dev test --full --release -- -p e2e g4_complete
+                                          with the services as they are deployed, for a test that prints times")]
 pub(crate) struct TestArgs {
     /// Run the long fault tests at their full length (sets E2E_FULL=1).
     #[arg(long)]
     full: bool,
+    /// Build and run with optimisation, as the services are deployed.
+    #[arg(long)]
+    release: bool,
     /// For `cargo test`, in place of `--workspace`; format and lints are not checked then.
     #[arg(last = true, value_name = "CARGO TEST ARGUMENTS")]
     cargo_args: Vec<String>,
@@ -171,18 +176,22 @@ async fn start_and_test(
 }
 
 fn steps(args: &TestArgs) -> Vec<Vec<&str>> {
-    let build = vec!["build", "--workspace", "--bins"];
+    let profile = args.release.then_some("--release");
+    let mut build = vec!["build", "--workspace", "--bins"];
+    build.extend(profile);
+    let mut test = vec!["test"];
+    test.extend(profile);
     if !args.cargo_args.is_empty() {
-        let mut test = vec!["test"];
         test.extend(args.cargo_args.iter().map(String::as_str));
         return vec![build, test];
     }
+    test.push("--workspace");
     vec![
         vec!["fmt", "--all", "--check"],
         vec!["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
         // The end-to-end tests run the real binaries.
         build,
-        vec!["test", "--workspace"],
+        test,
     ]
 }
 

@@ -56,6 +56,10 @@ impl Table {
         transaction: &mut PgTransaction<'_>,
         events: &[IncomingEvent],
     ) -> Result<HeldKeys, sqlx::Error> {
+        // Mostly no key at all is held, and that costs less to ask than after each one of a batch.
+        if !self.holds_any(transaction).await? {
+            return Ok(HeldKeys::new());
+        }
         let keys: HashSet<(&str, &str)> = events
             .iter()
             .map(|event| {
@@ -86,6 +90,13 @@ impl Table {
                 ((aggregate_type, aggregate_id), held)
             });
         Ok(held.collect())
+    }
+
+    async fn holds_any(&self, transaction: &mut PgTransaction<'_>) -> Result<bool, sqlx::Error> {
+        sqlx::query_scalar(AssertSqlSafe(Arc::clone(&self.holds_any)))
+            .bind(&*self.consumer)
+            .fetch_one(&mut **transaction)
+            .await
     }
 
     /// Holds keys, or gives those that are held another event.

@@ -43,6 +43,7 @@ pub struct Table {
     claim: Arc<str>,
     claim_new: Arc<str>,
     release: Arc<str>,
+    holds_any: Arc<str>,
     lock_held: Arc<str>,
 }
 
@@ -68,6 +69,7 @@ impl Table {
             claim: include_str!("claim.sql").replace("{schema}", schema).into(),
             claim_new: claim::copy_statement(schema).into(),
             release: format!("DELETE FROM {schema}.inbox WHERE consumer = $1 AND event_id = ANY($2)").into(),
+            holds_any: format!("SELECT EXISTS (SELECT FROM {schema}.held_keys WHERE consumer = $1)").into(),
             lock_held: include_str!("lock_held_keys.sql").replace("{schema}", schema).into(),
         })
     }
