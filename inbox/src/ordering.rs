@@ -96,8 +96,8 @@ pub type Key = (String, String);
 
 pub(crate) type HeldKeys = HashMap<Key, HeldKey>;
 
-/// What holds the event's key. The key is only made where some are held, which is hardly ever.
-fn holder<'a>(held: &'a HeldKeys, event: &IncomingEvent) -> Option<&'a HeldKey> {
+/// The key is only made where some are held, which is hardly ever.
+fn held_for<'a>(held: &'a HeldKeys, event: &IncomingEvent) -> Option<&'a HeldKey> {
     if held.is_empty() { None } else { held.get(&key(event)) }
 }
 
@@ -134,7 +134,7 @@ pub(crate) fn turns(
         if behind.contains(&envelope.id) {
             return Turn::Park;
         }
-        match holder(held, event).filter(|_| *ordering != Ordering::None) {
+        match held_for(held, event).filter(|_| *ordering != Ordering::None) {
             Some(held) if envelope.id != held.event_id && envelope.sequence >= held.sequence => Turn::Park,
             _ => Turn::Try,
         }
@@ -190,7 +190,8 @@ pub(crate) fn settle(
 ) -> Result<Settlement, OutOfOrder> {
     // Nearly always: everything took effect, and nobody waits for any of it.
     let nobody_waits = held.is_empty() && turns.iter().all(|turn| *turn == Turn::Try);
-    if nobody_waits && answers.iter().all(|answer| *answer == Outcome::Applied) {
+    let took_effect = answers.iter().all(|answer| *answer == Outcome::Applied);
+    if nobody_waits && took_effect && answers.len() == events.len() {
         return Ok(Settlement {
             verdicts: vec![Verdict::Applied; events.len()],
             ..Settlement::default()

@@ -111,8 +111,12 @@ impl Servers {
         step.done("PostgreSQL and Kafka of this run are up");
         let step = progress.step("warming up the broker");
         let pid = kafka.process().context("the broker has ended")?.identity().pid;
-        topic::warm_up(&kafka.brokers(), WARM_UP_PARTITIONS, pid, WARM_UP).await?;
-        step.done("the broker is warm");
+        let warm = topic::warm_up(&kafka.brokers(), WARM_UP_PARTITIONS, pid, WARM_UP).await?;
+        step.done(if warm {
+            "the broker is warm"
+        } else {
+            "the broker's compiler is still at work"
+        });
         Ok(Self {
             superuser,
             role_password,

@@ -1,8 +1,5 @@
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -127,11 +124,12 @@ impl Topic {
 }
 
 /// Publishes to a topic of its own, in bursts and one by one, and reads along: a Java broker compiles its hot paths while it works,
-/// and the first contender should not pay for that. Ends when the compiler has little left to do, or when `most` has passed.
+/// and the first contender should not pay for that. Ends when the compiler has little left to do, or with `false` when `most` has
+/// passed before.
 ///
 /// # Errors
 /// If the broker does not answer, or refuses.
-pub async fn warm_up(brokers: &str, partitions: i32, broker_pid: i32, most: Duration) -> anyhow::Result<()> {
+pub async fn warm_up(brokers: &str, partitions: i32, broker_pid: i32, most: Duration) -> anyhow::Result<bool> {
     let topic = Topic::new(
         brokers,
         &format!("loadtest.warm-up.{}", Uuid::now_v7().simple()),
@@ -140,21 +138,21 @@ pub async fn warm_up(brokers: &str, partitions: i32, broker_pid: i32, most: Dura
     topic.create().await?;
     let warmed = topic.clone();
     let warming = tokio::task::spawn_blocking(move || {
-        let published = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let reading = scope.spawn(|| warmed.reader()?.read_along(&published));
-            let publishing = publish_until_compiled(&warmed, broker_pid, most);
-            published.store(true, Ordering::Release);
-            let read = reading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            publishing.and(read)
+            let publishing = scope.spawn(|| publish_until_compiled(&warmed, broker_pid, most));
+            let read = warmed.reader()?.read_along(|| publishing.is_finished());
+            let compiled = publishing
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            compiled.and_then(|compiled| read.map(|()| compiled))
         })
     });
-    let warm = warming.await;
-    topic.delete().await?;
-    warm.context("warm up the broker")?
+    let warm = warming.await.context("warm up the broker")?;
+    let deleted = topic.delete().await;
+    warm.and_then(|compiled| deleted.map(|()| compiled))
 }
 
-fn publish_until_compiled(topic: &Topic, broker_pid: i32, most: Duration) -> anyhow::Result<()> {
+fn publish_until_compiled(topic: &Topic, broker_pid: i32, most: Duration) -> anyhow::Result<bool> {
     let producer: BaseProducer = ClientConfig::new()
         .set("bootstrap.servers", &topic.brokers)
         .set("enable.idempotence", "true")
@@ -169,12 +167,16 @@ fn publish_until_compiled(topic: &Topic, broker_pid: i32, most: Duration) -> any
         let start = Instant::now();
         publish(&producer, &topic.name, WARM_UP_STEP)?;
         let before = std::mem::replace(&mut compiled, usage::compiler_seconds(broker_pid));
-        let took = compiled.zip(before).map(|(after, before)| after - before);
-        if took.is_some_and(|took| took < start.elapsed().as_secs_f64() * COMPILED) {
-            break;
+        // Where the system does not tell, one step has to be enough.
+        let Some((after, before)) = compiled.zip(before) else {
+            return Ok(true);
+        };
+        // Less than none: a thread of the compiler has ended, with its time.
+        if (0.0..start.elapsed().as_secs_f64() * COMPILED).contains(&(after - before)) {
+            return Ok(true);
         }
     }
-    Ok(())
+    Ok(false)
 }
 
 fn publish(producer: &BaseProducer, topic: &str, time: Duration) -> anyhow::Result<()> {
@@ -233,17 +235,22 @@ impl Reader {
         Ok(ends.context("ask for the ends of the topic")??.records)
     }
 
-    /// Everything from the topic's begin, as it comes, until there is no more after `published`.
-    fn read_along(&self, published: &AtomicBool) -> anyhow::Result<()> {
+    /// Everything from the topic's begin, as it comes, to the end that it has once everything is published.
+    fn read_along(&self, is_published: impl Fn() -> bool) -> anyhow::Result<()> {
         let ends = self.ends()?;
         let consumer = self.assign(ends.partitions.iter().map(|(low, _)| *low))?;
-        loop {
-            match consumer.poll(POLL) {
-                Some(record) => drop(record.context("read from the broker")?),
-                None if published.load(Ordering::Acquire) => return Ok(()),
-                None => {}
+        let mut read = 0;
+        while !is_published() {
+            if let Some(record) = consumer.poll(POLL) {
+                record.context("read from the broker")?;
+                read += 1;
             }
         }
+        for _ in read..self.ends()?.records {
+            let record = consumer.poll(DEADLINE).context("nothing came from the broker")?;
+            record.context("read from the broker")?;
+        }
+        Ok(())
     }
 
     /// Reads from these offsets on.

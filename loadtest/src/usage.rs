@@ -71,20 +71,15 @@ pub fn own_cpu_seconds() -> Option<f64> {
     cpu_seconds(&fs::read_to_string("/proc/self/stat").ok()?)
 }
 
-/// Processor time that the compiler of a Java machine has taken, in seconds.
+/// Processor time that the compiler of a Java machine has taken, in seconds, by those of its threads that run.
 pub fn compiler_seconds(pid: i32) -> Option<f64> {
     let of_thread = |task: fs::DirEntry| {
         // Threads end while the list is read.
         let stat = fs::read_to_string(task.path().join("stat")).ok()?;
         stat.contains("Compiler").then(|| cpu_seconds(&stat))?
     };
-    Some(
-        fs::read_dir(format!("/proc/{pid}/task"))
-            .ok()?
-            .flatten()
-            .filter_map(of_thread)
-            .sum(),
-    )
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    tasks.flatten().filter_map(of_thread).reduce(|sum, thread| sum + thread)
 }
 
 async fn watch(process: String, identity: ProcessIdentity, stop: CancellationToken) -> Usage {

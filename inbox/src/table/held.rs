@@ -11,6 +11,9 @@ use crate::{
     ordering::{HeldKey, HeldKeys, Key, KeyState},
 };
 
+/// From so many events on, a look at each of their keys costs more than a question before it.
+const MANY: usize = 16;
+
 type LockedRow = (String, String, String, Uuid, i64, i64);
 
 /// A held key, for a person.
@@ -57,7 +60,7 @@ impl Table {
         events: &[IncomingEvent],
     ) -> Result<HeldKeys, sqlx::Error> {
         // Mostly no key at all is held, and that costs less to ask than after each one of a batch.
-        if !self.holds_any(transaction).await? {
+        if events.len() >= MANY && !self.holds_any(transaction).await? {
             return Ok(HeldKeys::new());
         }
         let keys: HashSet<(&str, &str)> = events

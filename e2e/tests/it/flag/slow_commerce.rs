@@ -143,7 +143,7 @@ async fn g4_complete_is_measured_by_both_paths_while_commerce_is_healthy_slow_an
     for round in 0..rounds {
         let count = parts.len();
         for turn in 0..count {
-            // Forwards and backwards in turns, each time from another one.
+            // Forwards and backwards in turns, and after both from another one.
             let turn = if round % 2 == 0 { turn } else { count - 1 - turn };
             let part = &mut parts[(turn + round) % count];
             flag.set(&json!({"mode": part.mode, "reason": "to be measured"}))
@@ -253,7 +253,7 @@ impl Part {
             .map(|(own, other)| own.quantile(share).as_secs_f64() / other.quantile(share).as_secs_f64())
             .collect();
         ratios.sort_by(f64::total_cmp);
-        ratios[ratios.len() / 2]
+        f64::midpoint(ratios[(ratios.len() - 1) / 2], ratios[ratios.len() / 2])
     }
 }
 
