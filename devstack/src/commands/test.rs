@@ -35,7 +35,7 @@ Examples:
   ./dev test                              the whole suite at a size that fits CI
   ./dev test --full                       the same with the long fault runs
   ./dev test -- -p outbox restart         cargo test's own arguments: some tests of one crate
-  ./dev test --full --release -- -p e2e g4_complete
+  ./dev test --full --release -- -p e2e g4_complete -- --nocapture
                                           with the services as they are deployed, for a test that prints times")]
 pub(crate) struct TestArgs {
     /// Run the long fault tests at their full length (sets E2E_FULL=1).
