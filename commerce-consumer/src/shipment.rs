@@ -120,7 +120,7 @@ pub enum Refusal {
     OtherOrder { recorded: String, named: String },
     #[error("a shipment that is {status} cannot take {event_type}")]
     WrongStatus { status: &'static str, event_type: String },
-    #[error("{asked} of {sku} cannot ship, {outstanding} are outstanding")]
+    #[error("{asked} of SKU {sku} cannot ship, {outstanding} are outstanding")]
     ShipsTooMany { sku: String, asked: i32, outstanding: i32 },
     #[error("{asked} of {sku} cannot be cancelled, {outstanding} are outstanding")]
     CancelsTooMany { sku: String, asked: i32, outstanding: i32 },

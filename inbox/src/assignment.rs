@@ -64,6 +64,8 @@ struct Assigned {
     worker: JoinHandle<()>,
     paused: bool,
     stored: Option<i64>,
+    /// Where it goes on from the owner before, who finished what lies before it; `None` if that is not known.
+    began: Option<i64>,
     /// The offset that comes next; `None` while that is not known.
     next: Option<i64>,
     /// Offsets that did not come. Markers of transactions leave such holes too, so the log's beginning decides.
@@ -179,14 +181,16 @@ impl Group {
             if let Err(error) = consumer.resume(&one(&lane)) {
                 tracing::debug!(%error, topic = &*lane.topic, partition = lane.partition, "not paused");
             }
+            let began = list
+                .find_partition(&lane.topic, lane.partition)
+                .and_then(|element| element.offset().to_raw())
+                .filter(|offset| *offset >= 0);
             let assigned = Assigned {
                 worker: (self.start_worker)(Arc::clone(&lane)),
                 paused: false,
                 stored: None,
-                next: list
-                    .find_partition(&lane.topic, lane.partition)
-                    .and_then(|element| element.offset().to_raw())
-                    .filter(|offset| *offset >= 0),
+                began,
+                next: began,
                 holes: Vec::new(),
                 lane: Arc::clone(&lane),
             };
@@ -405,9 +409,11 @@ impl ClientContext for Group {
                     self.metrics.lost(&topic, partition, lost);
                     self.status.lost(lost);
                 }
+                // The library knows no committed offset of a partition that we told it where to begin.
                 let finished = assigned
                     .lane
                     .finished()
+                    .or(assigned.began)
                     .or(Some(seen.committed_offset).filter(|offset| *offset >= 0));
                 let from = finished.unwrap_or(seen.lo_offset.max(0));
                 assigned.lane.set_lag((seen.hi_offset - from).max(0));

@@ -335,3 +335,61 @@ pub(crate) fn verdict(answer: Outcome, attempt: u32, schedule: &Schedule) -> Ver
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::value::RawValue;
+    use shared_events::Envelope;
+    use time::OffsetDateTime;
+
+    use super::*;
+    use crate::handler::Position;
+
+    fn event(sequence: i64) -> IncomingEvent {
+        IncomingEvent {
+            traceparent: None,
+            position: Position {
+                topic: "shipments".into(),
+                partition: 0,
+                offset: sequence,
+            },
+            envelope: Envelope {
+                id: Uuid::now_v7(),
+                event_type: "ShipmentCompleted".to_owned(),
+                version: 1,
+                timestamp: OffsetDateTime::UNIX_EPOCH,
+                aggregate_type: "shipment".to_owned(),
+                aggregate_id: "1".to_owned(),
+                sequence,
+                transaction_key: Uuid::nil(),
+                payload: RawValue::from_string("{}".to_owned()).unwrap(),
+            },
+        }
+    }
+
+    #[test]
+    fn a_batch_that_took_effect_leaves_nothing_to_be_written_whether_or_not_another_key_is_held() {
+        let events = [event(1), event(2)];
+        let another = HeldKey {
+            state: KeyState::Dead,
+            event_id: Uuid::now_v7(),
+            sequence: 1,
+            parked: 0,
+        };
+        let another = (("shipment".to_owned(), "2".to_owned()), another);
+        let ordering = Ordering::PerKey(Parking {
+            most_per_key: 10,
+            most_in_all: 10,
+            released_by: HashSet::new(),
+        });
+        for held in [HeldKeys::new(), HeldKeys::from([another])] {
+            let turns = turns(&events, &[true; 2], &held, &HashSet::new(), &ordering);
+            let answers = vec![Outcome::Applied; 2];
+            let schedule = Schedule::new(Vec::new());
+            let settlement = settle(&events, &turns, answers, &[], &held, &ordering, &schedule).unwrap();
+            assert_eq!(settlement.verdicts, [Verdict::Applied, Verdict::Applied]);
+            assert!(settlement.hold.is_empty() && settlement.park.is_empty());
+            assert!(settlement.settled.is_empty() && settlement.pass_over.is_empty());
+        }
+    }
+}

@@ -1,5 +1,6 @@
 use std::io::Write;
 
+use anyhow::Context;
 use devstack::failure::{Exit, Failure};
 use devstack::services;
 use devstack::state::State;
@@ -7,7 +8,7 @@ use devstack::testing;
 
 use super::StackName;
 
-/// Print the variables of a stack, passwords included, for a shell to evaluate.
+/// Print the variables of a stack, passwords included, for a shell to evaluate; also puts the programs on its path.
 #[derive(Debug, clap::Args)]
 #[command(before_help = "\
 Examples:
@@ -41,8 +42,21 @@ pub(crate) fn run(args: &EnvArgs) -> anyhow::Result<Exit> {
 
     let mut text = String::new();
     for (name, value) in variables {
-        text.push_str(&format!("export {name}='{}'\n", value.replace('\'', "'\\''")));
+        text.push_str(&format!("export {name}={}\n", quoted(&value)));
+    }
+    // Built beside this program.
+    let programs = std::env::current_exe().context("find this program")?;
+    if let Some(programs) = programs.parent() {
+        text.push_str(&format!(
+            "export PATH={}:\"$PATH\"\n",
+            quoted(&programs.display().to_string())
+        ));
     }
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(Exit::Done)
+}
+
+/// For a shell, whatever it holds.
+fn quoted(value: &str) -> String {
+    format!("'{}'", value.replace('\'', "'\\''"))
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use devstack::cache;
-use devstack::failure::Exit;
+use devstack::failure::{Exit, Failure};
 use devstack::place::{Place, repository_root};
 use devstack::prerequisites::{self, Tool};
 use devstack::process::ProcessIdentity;
@@ -43,7 +43,7 @@ pub(crate) struct TestArgs {
     full: bool,
     /// Build and run with optimisation, as the services are deployed. Not for the whole suite: services that are deployed have
     /// no crash points, and the tests of those would be missing.
-    #[arg(long, requires = "cargo_args")]
+    #[arg(long)]
     release: bool,
     /// For `cargo test`, in place of `--workspace`; format and lints are not checked then.
     #[arg(last = true, value_name = "CARGO TEST ARGUMENTS")]
@@ -51,6 +51,14 @@ pub(crate) struct TestArgs {
 }
 
 pub(crate) async fn run(args: &TestArgs) -> anyhow::Result<Exit> {
+    if args.release && args.cargo_args.is_empty() {
+        return Err(Failure::new(
+            Exit::Usage,
+            "--release is not for the whole suite: services that are deployed have no crash points to test",
+            "./dev test --release -- -p e2e g4_complete -- --nocapture",
+        )
+        .into());
+    }
     let start = Instant::now();
     let mut signals = Signals::listen()?;
     let progress = Progress::on_stderr();

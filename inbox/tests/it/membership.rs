@@ -38,3 +38,23 @@ async fn a_backlog_that_waits_for_the_rate_limit_moves_no_partition() {
         "{effects} effects in {after:?}: they did not wait for the limit"
     );
 }
+
+/// Also where nothing new comes: the client library knows no committed offset of a partition that it was told where to begin.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart_nothing_that_was_finished_before_is_lag() {
+    let stage = Stage::new(&[]).await;
+    stage.send_events(&events(200, 50)).await;
+    let engine = stage.engine().await;
+    until("all have taken effect", async || stage.effects().await == 200).await;
+    engine.stop().await;
+
+    let engine = stage.engine().await;
+    let lags = || {
+        let partitions = engine.status.snapshot().partitions;
+        let known: Vec<i64> = partitions.iter().filter_map(|partition| partition.lag).collect();
+        (known.len() == PARTITIONS as usize).then_some(known)
+    };
+    until("the lag of every partition is known", async || lags().is_some()).await;
+    assert_eq!(lags(), Some(vec![0; PARTITIONS as usize]));
+    engine.stop().await;
+}
