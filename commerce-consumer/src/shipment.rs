@@ -122,9 +122,9 @@ pub enum Refusal {
     WrongStatus { status: &'static str, event_type: String },
     #[error("{asked} of SKU {sku} cannot ship, {outstanding} are outstanding")]
     ShipsTooMany { sku: String, asked: i32, outstanding: i32 },
-    #[error("{asked} of {sku} cannot be cancelled, {outstanding} are outstanding")]
+    #[error("{asked} of SKU {sku} cannot be cancelled, {outstanding} are outstanding")]
     CancelsTooMany { sku: String, asked: i32, outstanding: i32 },
-    #[error("{asked} of {sku} cannot come back, {out} are with the customer")]
+    #[error("{asked} of SKU {sku} cannot come back, {out} are with the customer")]
     ReturnsTooMany { sku: String, asked: i32, out: i32 },
     #[error("{asked} pieces cannot come back from a parcel of which {out} are with the customer")]
     ReturnsMoreThanParcel { asked: i64, out: i64 },

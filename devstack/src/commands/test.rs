@@ -41,7 +41,7 @@ pub(crate) struct TestArgs {
     /// Run the long fault tests at their full length (sets E2E_FULL=1).
     #[arg(long)]
     full: bool,
-    /// Build and run with optimisation, as the services are deployed. Not for the whole suite: services that are deployed have
+    /// Build and run in the release profile, as the services are deployed. Not for the whole suite: services that are deployed have
     /// no crash points, and the tests of those would be missing.
     #[arg(long)]
     release: bool,
