@@ -216,7 +216,7 @@ impl ChangeShipments {
         let (waiting, reply) = Waiting::new(request, permit, self.shared.switch.clone());
         // Nobody is to wait for commerce with somebody else's request.
         let together = self.shared.switch.of_all().is_none_or(|mode| mode == Mode::Outbox);
-        if together && waiting.request.change().is_some() {
+        if together && waiting.request.single().is_some() {
             self.queue.join(waiting);
         } else {
             self.shared.clone().alone(waiting);
@@ -241,16 +241,27 @@ impl ChangeShipments {
 }
 
 impl Request {
-    /// The change of a request that has just one.
-    pub(crate) fn change(&self) -> Option<&Change> {
+    /// What a request for just one shipment asks for.
+    fn single(&self) -> Option<Single<'_>> {
         match &self.work {
-            Work::Change(changes) => match changes.as_slice() {
-                [change] => Some(change),
+            Work::Create(new) => match new.as_slice() {
+                [new] => Some(Single::Create(new)),
                 _ => None,
             },
-            Work::Create(_) | Work::AppendOnly(_) => None,
+            Work::AppendOnly(new) => Some(Single::AppendOnly(new)),
+            Work::Change(changes) => match changes.as_slice() {
+                [change] => Some(Single::Change(change)),
+                _ => None,
+            },
         }
     }
+}
+
+/// [`Work`] on one shipment: what can share a transaction.
+enum Single<'a> {
+    Create(&'a NewShipment),
+    AppendOnly(&'a NewShipment),
+    Change(&'a Change),
 }
 
 /// What the transaction is to end with.
@@ -259,12 +270,15 @@ enum Ending {
     Replay(Answer),
 }
 
+const TOO_FEW_IDS: ChangeError = ChangeError::Broken("the database gave fewer ids than were asked for");
+
 /// At the places of their requests; `None` for those that are to go alone.
 pub(crate) type Replies = Vec<Option<Result<Reply, ChangeError>>>;
 
 /// What the decisions of one transaction come to.
 struct Decisions {
     locked: HashMap<i64, Shipment>,
+    created: Vec<Shipment>,
     events: Vec<NewEvent>,
     changed: BTreeSet<i64>,
     returned: BTreeSet<i64>,
@@ -274,10 +288,27 @@ impl Decisions {
     fn on(locked: HashMap<i64, Shipment>) -> Self {
         Self {
             locked,
+            created: Vec::new(),
             events: Vec::new(),
             changed: BTreeSet::new(),
             returned: BTreeSet::new(),
         }
+    }
+
+    /// `kept` says whether the shipment is to stand in the table, beside its event.
+    fn create(
+        &mut self,
+        id: i64,
+        new: &NewShipment,
+        kept: bool,
+        occasion: &Occasion,
+    ) -> Result<Outcome, serde_json::Error> {
+        let created = Shipment::create(id, new.clone(), occasion.now);
+        self.events.push(announce::new_event(&created, occasion)?);
+        if kept {
+            self.created.push(created.shipment.clone());
+        }
+        Ok(Outcome::Changed(Box::new(created.shipment)))
     }
 
     /// Decides on what the changes before it left, so that an id may occur again.
@@ -306,6 +337,7 @@ impl Decisions {
                 .filter_map(|id| self.locked.get(id))
                 .collect::<Vec<&Shipment>>()
         };
+        shipments::insert(tx, &self.created).await?;
         shipments::update(tx, &of(&self.changed)).await?;
         shipments::update_returned(tx, &of(&self.returned)).await
     }
@@ -347,7 +379,7 @@ impl Shared {
         })
     }
 
-    /// Requests with one change each in one transaction, whose replies stand at their places. `None` for those that cannot go
+    /// Requests for one shipment each in one transaction, whose replies stand at their places. `None` for those that cannot go
     /// with the others. Waits for no other transaction.
     ///
     /// # Errors
@@ -382,21 +414,36 @@ impl Shared {
     ) -> Result<(Replies, Vec<NewEvent>), ChangeError> {
         let mut replies: Replies = requests.iter().map(|_| None).collect();
         let open = self.open_gates(tx, requests, &mut replies).await?;
-        let changes = open.iter().filter_map(|place| requests[*place].change());
-        let ids: BTreeSet<i64> = changes.map(|change| change.id).collect();
+        let (mut ids, mut new) = (BTreeSet::new(), 0);
+        for single in open.iter().filter_map(|place| requests[*place].single()) {
+            match single {
+                Single::Change(change) => drop(ids.insert(change.id)),
+                Single::Create(_) | Single::AppendOnly(_) => new += 1,
+            }
+        }
         let ids: Vec<i64> = ids.into_iter().collect();
+        let mut new_ids = shipments::next_ids(tx, new).await?.into_iter();
         let mut decisions = Decisions::on(shipments::lock(tx, &ids, Locked::LeaveOut).await?);
+        let by_outbox = |order_id: &str| self.switch.mode_of(order_id) == Mode::Outbox;
         let mut answers = Vec::with_capacity(open.len());
         for place in open {
             let request = requests[place];
-            let Some(change) = request.change() else { continue };
-            let Some(shipment) = decisions.locked.get(&change.id) else {
-                continue;
+            let occasion = self.occasion(request.traceparent.clone());
+            let outcome = match request.single() {
+                Some(Single::Create(new)) if by_outbox(&new.order_id) => {
+                    let id = new_ids.next().ok_or(TOO_FEW_IDS)?;
+                    decisions.create(id, new, true, &occasion)?
+                }
+                Some(Single::AppendOnly(new)) if by_outbox(&new.order_id) => {
+                    let id = new_ids.next().ok_or(TOO_FEW_IDS)?;
+                    decisions.create(id, new, false, &occasion)?
+                }
+                Some(Single::Change(change)) => match decisions.locked.get(&change.id) {
+                    Some(shipment) if by_outbox(&shipment.order_id) => decisions.decide(change, &occasion)?,
+                    _ => continue,
+                },
+                _ => continue,
             };
-            if self.switch.mode_of(&shipment.order_id) != Mode::Outbox {
-                continue;
-            }
-            let outcome = decisions.decide(change, &self.occasion(request.traceparent.clone()))?;
             let changed = matches!(outcome, Outcome::Changed(_));
             match (request.answer)(&[outcome]) {
                 Ok(answer) => answers.push((place, answer)),
@@ -519,15 +566,10 @@ impl Shared {
             }
         }
         let (outcomes, events) = match &request.work {
-            Work::Create(new) => {
-                let (created, events) = self.new_shipments(tx, new, request.traceparent.clone()).await?;
-                shipments::insert(tx, &created).await?;
-                (outcomes(created), events)
-            }
+            Work::Create(new) => self.create(tx, new, true, request.traceparent.clone()).await?,
             Work::AppendOnly(new) => {
                 let new = std::slice::from_ref(new);
-                let (created, events) = self.new_shipments(tx, new, request.traceparent.clone()).await?;
-                (outcomes(created), events)
+                self.create(tx, new, false, request.traceparent.clone()).await?
             }
             Work::Change(changes) => self.change(tx, changes, request.traceparent.clone()).await?,
         };
@@ -541,23 +583,23 @@ impl Shared {
         Ok(Ending::Commit(answer, events))
     }
 
-    /// With their ids and events; nothing is written.
-    async fn new_shipments(
+    async fn create(
         &self,
         tx: &mut PgTransaction<'_>,
         new: &[NewShipment],
+        kept: bool,
         traceparent: Option<String>,
-    ) -> Result<(Vec<Shipment>, Vec<NewEvent>), ChangeError> {
+    ) -> Result<(Vec<Outcome>, Vec<NewEvent>), ChangeError> {
         let ids = shipments::next_ids(tx, new.len()).await?;
         let occasion = self.occasion(traceparent);
-        let mut created = Vec::with_capacity(new.len());
-        let mut events = Vec::with_capacity(new.len());
-        for (id, new) in ids.into_iter().zip(new) {
-            let changed = Shipment::create(id, new.clone(), occasion.now);
-            events.push(announce::new_event(&changed, &occasion)?);
-            created.push(changed.shipment);
-        }
-        Ok((created, events))
+        let mut decisions = Decisions::on(HashMap::new());
+        let outcomes = ids
+            .into_iter()
+            .zip(new)
+            .map(|(id, new)| decisions.create(id, new, kept, &occasion))
+            .collect::<Result<_, _>>()?;
+        decisions.write(tx).await?;
+        Ok((outcomes, decisions.events))
     }
 
     /// Lock, decide, update: set-based, so that one change costs what it must and 10,000 do not cost 10,000 times that.
@@ -607,11 +649,6 @@ impl Shared {
                 .add(count, &[KeyValue::new("event.type", event_type.to_owned())]);
         }
     }
-}
-
-fn outcomes(created: Vec<Shipment>) -> Vec<Outcome> {
-    let changed = |shipment| Outcome::Changed(Box::new(shipment));
-    created.into_iter().map(changed).collect()
 }
 
 /// A server that vanished without a reset never answers, and its own statement timeout vanished with it. The connection may be

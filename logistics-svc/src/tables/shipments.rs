@@ -46,6 +46,9 @@ pub struct Filter {
 
 /// Numbers for shipments about to be inserted, rising.
 pub async fn next_ids(tx: &mut PgTransaction<'_>, count: usize) -> Result<Vec<i64>, sqlx::Error> {
+    if count == 0 {
+        return Ok(Vec::new());
+    }
     sqlx::query_scalar("SELECT nextval('logistics.shipments_id_seq') FROM generate_series(1, $1)")
         .bind(i64::try_from(count).unwrap_or(i64::MAX))
         .fetch_all(&mut **tx)
@@ -53,6 +56,9 @@ pub async fn next_ids(tx: &mut PgTransaction<'_>, count: usize) -> Result<Vec<i6
 }
 
 pub async fn insert(tx: &mut PgTransaction<'_>, shipments: &[Shipment]) -> Result<(), sqlx::Error> {
+    if shipments.is_empty() {
+        return Ok(());
+    }
     let ids: Vec<i64> = shipments.iter().map(|shipment| shipment.id).collect();
     let column = |field: fn(&Shipment) -> &str| shipments.iter().map(field).collect::<Vec<&str>>();
     sqlx::query(
@@ -99,6 +105,9 @@ pub async fn lock(
     ids: &[i64],
     locked: Locked,
 ) -> Result<HashMap<i64, Shipment>, sqlx::Error> {
+    if ids.is_empty() {
+        return Ok(HashMap::new());
+    }
     let select = match locked {
         Locked::WaitFor => {
             "SELECT id, order_id, warehouse, carrier, tracking_number, status, sequence, reason,

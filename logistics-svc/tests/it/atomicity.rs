@@ -3,21 +3,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::{io::AsyncReadExt, net::TcpListener};
 
-use crate::service::{TestService, new_shipment, service_pool, test_database};
+use crate::service::{TestService, new_shipment, service_pool, test_database, too_large};
 
 /// It only ends a test that has failed.
 const DEADLINE: Duration = Duration::from_secs(90);
-
-/// An event of more than 40,000 bytes, above the test's limit, of fields that are each allowed.
-fn too_large() -> Value {
-    let lines: Vec<Value> = (0..500)
-        .map(|number| json!({"sku": format!("{number:0>64}"), "quantity": 1_000_000}))
-        .collect();
-    json!({"order_id": "10248", "warehouse": "main", "carrier": "x", "lines": lines})
-}
 
 #[tokio::test]
 async fn g1_every_change_has_its_event_and_every_event_its_change() {

@@ -1,7 +1,9 @@
+use std::collections::HashSet;
+
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
-use crate::service::TestService;
+use crate::service::{TestService, new_shipment, too_large};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_completions_of_one_shipment_append_one_event() {
@@ -63,12 +65,7 @@ async fn requests_that_wait_together_commit_together_with_an_outcome_each() {
     let service = TestService::start().await;
     let ids = service.create(61).await;
     let (locked, ids) = ids.split_first().unwrap();
-    // Nobody gets as far as a commit until all have come.
-    let mut no_append = service.owner.begin().await.unwrap();
-    sqlx::query("LOCK TABLE logistics.outbox IN EXCLUSIVE MODE")
-        .execute(&mut *no_append)
-        .await
-        .unwrap();
+    let no_append = no_append(&service).await;
     let mut elsewhere = service.owner.begin().await.unwrap();
     sqlx::query("SELECT FROM logistics.shipments WHERE id = $1 FOR UPDATE")
         .bind(locked)
@@ -84,13 +81,8 @@ async fn requests_that_wait_together_commit_together_with_an_outcome_each() {
     let refused = post(format!("/v1/shipments/{}/release", ids[0]), json!({}));
     let path = format!("/v1/shipments/{}/hold", ids[1]);
     let keyed = join_all((0..2).map(|_| service.post_with_key(&path, "k", json!({"reason": "x"}))));
-    let free = async {
-        // The good ones and the one whose shipment is locked; the others may have their answer by now.
-        while service.changes.in_progress() < 61 {
-            tokio::task::yield_now().await;
-        }
-        no_append.rollback().await.unwrap();
-    };
+    // The good ones and the one whose shipment is locked; the others may have their answer by then.
+    let free = let_go(&service, no_append, 61);
     let others = async {
         let (good, unknown, refused, keyed, ()) = tokio::join!(good, unknown, refused, keyed, free);
         elsewhere.rollback().await.unwrap();
@@ -115,4 +107,75 @@ async fn requests_that_wait_together_commit_together_with_an_outcome_each() {
     let transactions = "SELECT count(DISTINCT xmin::text) FROM logistics.outbox WHERE type = 'ShipmentCompleted'";
     let transactions = service.count(transactions).await;
     assert!(transactions < 20, "{transactions} transactions for 61 requests");
+}
+
+/// Creations share a transaction with each other and with changes, and each request gets its own shipment.
+#[tokio::test(flavor = "multi_thread")]
+async fn creations_that_wait_together_commit_together_each_with_its_own_shipment() {
+    let service = TestService::start().await;
+    let open = service.create(20).await;
+    let create = async |order: i32| service.post("/v1/shipments", new_shipment(&order.to_string())).await;
+    let no_append = no_append(&service).await;
+    let created = join_all((0..40).map(create));
+    let keyed = join_all((0..2).map(|_| service.post_with_key("/v1/shipments", "k", new_shipment("keyed"))));
+    let complete = async |id: &i64| service.post(&format!("/v1/shipments/{id}/complete"), json!({})).await;
+    let completed = join_all(open.iter().map(complete));
+    let free = let_go(&service, no_append, 61);
+    let (created, keyed, completed, ()) = tokio::join!(created, keyed, completed, free);
+    let mut ids = HashSet::new();
+    for (order, answer) in created.iter().enumerate() {
+        assert_eq!(
+            answer.expect(201)["order_id"],
+            order.to_string(),
+            "its own and nobody else's"
+        );
+        ids.insert(answer.id());
+    }
+    assert_eq!(ids.len(), 40);
+    for answer in &completed {
+        answer.expect(200);
+    }
+    // The second one finds the first in progress, or its answer.
+    assert!(keyed.iter().all(|answer| matches!(answer.status.as_u16(), 201 | 409)));
+    let of_the_key = "SELECT count(*) FROM logistics.shipments WHERE order_id = 'keyed'";
+    assert_eq!(service.count(of_the_key).await, 1);
+    service.assert_events_match_shipments().await;
+    let transactions = "SELECT count(DISTINCT xmin::text) FROM logistics.outbox";
+    let transactions = service.count(transactions).await;
+    assert!(transactions < 20, "{transactions} transactions for 62 requests");
+}
+
+/// A creation that makes the group fail fails alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_creation_that_is_refused_at_the_append_takes_no_other_with_it() {
+    let service = TestService::start().await;
+    let create = async |order: i32| service.post("/v1/shipments", new_shipment(&order.to_string())).await;
+    let no_append = no_append(&service).await;
+    let good = join_all((0..30).map(create));
+    let large = service.post("/v1/shipments", too_large());
+    let (good, large, ()) = tokio::join!(good, large, let_go(&service, no_append, 30));
+    for answer in &good {
+        answer.expect(201);
+    }
+    assert_eq!(large.expect(413)["code"], "too-large");
+    assert_eq!(service.count("SELECT count(*) FROM logistics.shipments").await, 30);
+    service.assert_events_match_shipments().await;
+}
+
+/// Nobody gets as far as a commit.
+async fn no_append(service: &TestService) -> sqlx::PgTransaction<'static> {
+    let mut transaction = service.owner.begin().await.unwrap();
+    sqlx::query("LOCK TABLE logistics.outbox IN EXCLUSIVE MODE")
+        .execute(&mut *transaction)
+        .await
+        .unwrap();
+    transaction
+}
+
+/// Once so many requests have come.
+async fn let_go(service: &TestService, no_append: sqlx::PgTransaction<'_>, requests: usize) {
+    while service.changes.in_progress() < requests {
+        tokio::task::yield_now().await;
+    }
+    no_append.rollback().await.unwrap();
 }

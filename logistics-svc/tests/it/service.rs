@@ -300,3 +300,11 @@ pub(crate) fn new_shipment(order_id: &str) -> Value {
     json!({"order_id": order_id, "warehouse": "main", "carrier": "Federal Shipping",
            "lines": [{"sku": "42", "quantity": 10}, {"sku": "11", "quantity": 12}]})
 }
+
+/// An event of more than 40,000 bytes, above the test's limit, of fields that are each allowed.
+pub(crate) fn too_large() -> Value {
+    let lines: Vec<Value> = (0..500)
+        .map(|number| json!({"sku": format!("{number:0>64}"), "quantity": 1_000_000}))
+        .collect();
+    json!({"order_id": "10248", "warehouse": "main", "carrier": "x", "lines": lines})
+}
