@@ -62,6 +62,13 @@ Examples:
   loadtest outbox --rate 2000 --duration 5m --shipments 700000
   loadtest outbox --rate 500 --threshold failed<1 --threshold broker-p99<13")]
     Outbox(PairArgs),
+    /// Mixed changes for hours while relay and consumer are killed again and again: whether anything is lost, and whether latency or
+    /// memory drifts.
+    #[command(before_help = "\
+Examples:
+  loadtest soak                                             200/s for an hour, a process killed every minute
+  loadtest soak --rate 500 --duration 8h --faults-every 5m")]
+    Soak(SoakArgs),
     /// Publish a backlog of completions while commerce is stopped, then measure how fast commerce applies it.
     #[command(before_help = "\
 Examples:
@@ -82,6 +89,13 @@ Examples:
   loadtest kafka --java                                     beside the broker's own load generator
   loadtest kafka --consume --bytes 400 --step 10s")]
     Kafka(KafkaArgs),
+    /// What an event costs our processes in processor time and memory: for small and large backlogs, few and many keys, one and
+    /// several instances. It is to be the same everywhere.
+    #[command(before_help = "\
+Examples:
+  loadtest cost                                             relay, engine and commerce, up to 1,000,000 events
+  loadtest cost --stage relay --events 10000,100000,1000000,10000000")]
+    Cost(CostArgs),
 }
 
 #[derive(Debug, Args)]
@@ -102,7 +116,7 @@ pub struct DrainArgs {
     pub common: CommonArgs,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct LatencyArgs {
     /// Events appended per second, one transaction each.
     #[arg(long, value_name = "PER-SECOND", default_value = "1000", value_parser = clap::value_parser!(u64).range(1..=100_000))]
@@ -113,6 +127,10 @@ pub struct LatencyArgs {
     /// How long the same load runs before it counts.
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
     pub warm_up: Duration,
+    /// How long the first contender runs once before all, without being counted: the broker's Java machine compiles what this very
+    /// load needs for about a minute, and takes a third of a processor meanwhile. `0s` for not at all.
+    #[arg(long, value_name = "DURATION", default_value = "90s", value_parser = humantime::parse_duration)]
+    pub rehearsal: Duration,
     /// Where events are appended: into the table by the load test itself, or by requests to the product's API.
     /// `after-commit` publishes from the API's process, so it is always measured through the API.
     #[arg(long, value_enum, default_value_t = Through::Table)]
@@ -154,6 +172,10 @@ pub struct PairArgs {
     /// Measure pgbench with so many clients afterwards, on the same server, for as long.
     #[arg(long, value_name = "CLIENTS", value_parser = clap::value_parser!(u32).range(1..=200))]
     pub pgbench: Option<u32>,
+    /// Kill consumer and relay in turn, one after each interval, and start it again at once. The API, then in a process of its own, is
+    /// to answer every request meanwhile.
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub faults_every: Option<Duration>,
     /// A bound that the figures must meet, else the exit code is 99; repeatable. Figures: p50, p99, max (response time, ms), rate, failed,
     /// broker-p50, broker-p99 (from append to broker, ms), applied-p50, applied-p99 (from commit to applied in commerce, ms).
     #[arg(long = "threshold", value_name = "FIGURE<BOUND")]
@@ -166,10 +188,59 @@ pub struct PairArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct SoakArgs {
+    /// Requests per second, each due at its time whatever became of those before it.
+    #[arg(long, value_name = "PER-SECOND", default_value = "200", value_parser = clap::value_parser!(u64).range(1..=5_000))]
+    pub rate: u64,
+    /// How long is measured, e.g. `30m`, `8h`; up to 12h.
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = long_duration)]
+    pub duration: Duration,
+    /// Connections, each with one request at a time.
+    #[arg(long, value_name = "COUNT", default_value = "32", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub connections: u32,
+    /// Kill consumer and relay in turn, one after each interval, and start it again at once.
+    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = duration)]
+    pub faults_every: Duration,
+    /// How unevenly shipments fall to orders: 1 gives each order five, 3 makes a tenth of the orders have nearly half of them.
+    #[arg(long, value_name = "EXPONENT", default_value = "3", value_parser = skew)]
+    pub skew: f64,
+    /// As of `loadtest complete`; beside them no process may grow by more than a fifth from the third tenth of the time to the last.
+    #[arg(long = "threshold", value_name = "FIGURE<BOUND")]
+    pub thresholds: Vec<Threshold>,
+    #[command(flatten)]
+    pub stack: StackArgs,
+}
+
+impl SoakArgs {
+    /// The load as one on the whole pair.
+    pub fn pair(&self) -> PairArgs {
+        let warm_up = Duration::from_secs(10);
+        PairArgs {
+            rate: Some(self.rate),
+            connections: vec![self.connections],
+            duration: self.duration,
+            warm_up,
+            // Each request has a shipment's number, and one is left.
+            shipments: self.rate * (warm_up + self.duration).as_secs() + self.rate + 1,
+            skew: self.skew,
+            with: Processes::Pair,
+            pgbench: None,
+            faults_every: Some(self.faults_every),
+            thresholds: self.thresholds.clone(),
+            stack: self.stack.clone(),
+            baseline: None,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
 pub struct ConsumerArgs {
     /// Events of the backlog, each the completion of a shipment of its own.
     #[arg(long, value_name = "COUNT", default_value = "200000", value_parser = clap::value_parser!(u64).range(1..=20_000_000))]
     pub events: u64,
+    /// Events of each key, for all but `commerce`; the backlog has COUNT / EVENTS keys.
+    #[arg(long, value_name = "EVENTS", default_value = "5", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub events_per_key: u64,
     /// What is measured, several separated by commas. All but `commerce` do the least work there is, an inbox row and the update of
     /// one order for each event; `spring-record` gets 20,000 events at most.
     #[arg(
@@ -247,6 +318,55 @@ pub struct KafkaArgs {
     pub stack: StackArgs,
 }
 
+#[derive(Debug, Args)]
+pub struct CostArgs {
+    /// What is measured, several separated by commas.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "STAGE",
+        value_delimiter = ',',
+        default_value = "relay,engine,commerce"
+    )]
+    pub stage: Vec<Stage>,
+    /// Sizes of the backlog; keys and instances are varied at the middle one.
+    #[arg(long, value_name = "COUNT", value_delimiter = ',', default_value = "10000,100000,1000000", value_parser = clap::value_parser!(u64).range(1_000..=20_000_000))]
+    pub events: Vec<u64>,
+    /// Numbers of keys, for the relay and the engine; each event of commerce has its own.
+    #[arg(long, value_name = "COUNT", value_delimiter = ',', default_value = "1,100,10000", value_parser = clap::value_parser!(u64).range(1..=20_000_000))]
+    pub keys: Vec<u64>,
+    /// Numbers of instances of commerce-consumer that share the backlog.
+    #[arg(long, value_name = "COUNT", value_delimiter = ',', default_value = "1,2,4", value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub instances: Vec<u32>,
+    /// By how much a cost may differ from the median of its stage, else the exit code is 99.
+    #[arg(long, value_name = "PERCENT", default_value = "10", value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pub within: u32,
+    #[command(flatten)]
+    pub stack: StackArgs,
+}
+
+/// A part of the way of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// Over the write-ahead log, without marks.
+    Relay,
+    /// Of crate inbox, with the least work there is.
+    Engine,
+    /// commerce-consumer with the product's own handler.
+    Commerce,
+}
+
+impl Stage {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Relay => "relay wal:off",
+            Self::Engine => "engine",
+            Self::Commerce => "commerce-consumer",
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Consumer {
     /// commerce-consumer with the product's own handler.
@@ -290,7 +410,7 @@ pub enum Path {
 }
 
 /// Where it runs, and what it writes.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct StackArgs {
     /// `own` starts PostgreSQL and Kafka for this run; `environment` uses those of TEST_DATABASE_URL, KAFKA_BROKERS and
     /// TEST_ROLE_PASSWORD, as `./dev env` prints them.
@@ -311,7 +431,7 @@ pub struct StackArgs {
     pub output: Option<PathBuf>,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct CommonArgs {
     /// Our relay as MODE or MODE:LIFECYCLE, several separated by commas. Modes: wal, poll, after-commit, external, auto;
     /// lifecycles: off, published (when not given), full.
@@ -434,6 +554,15 @@ fn duration(text: &str) -> Result<Duration, String> {
     let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     if duration < Duration::from_secs(1) || duration > Duration::from_secs(3600) {
         return Err("allowed are 1s to 1h".to_owned());
+    }
+    Ok(duration)
+}
+
+/// For what is left alone meanwhile.
+fn long_duration(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if duration < Duration::from_secs(10) || duration > Duration::from_secs(12 * 3600) {
+        return Err("allowed are 10s to 12h".to_owned());
     }
     Ok(duration)
 }

@@ -173,7 +173,11 @@ pub async fn start_logistics(place: &Place, role: &str, settings: &[(String, Str
     })
 }
 
-async fn spawn_logistics(
+/// The same as a process that is not yet among those of a contender, and its base URL.
+///
+/// # Errors
+/// If it ends or is not ready in time, with the end of its log.
+pub async fn spawn_logistics(
     place: &Place,
     role: &str,
     settings: &[(String, String)],
@@ -294,6 +298,17 @@ impl Running {
     /// One more, which is stopped before those that run already.
     pub fn add(&mut self, process: Process) {
         self.processes.push(Started::Process(process));
+    }
+
+    /// SIGKILL to the process of that name, which is forgotten.
+    ///
+    /// # Errors
+    /// If none of that name runs, or it cannot be killed.
+    pub fn kill(&mut self, name: &str) -> anyhow::Result<()> {
+        let named = |started: &Started| matches!(started, Started::Process(process) if process.name() == name);
+        let place = self.processes.iter().position(named);
+        let place = place.with_context(|| format!("no {name} runs"))?;
+        self.processes.remove(place).process()?.kill()
     }
 
     /// Names and identities of what runs.

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use crate::{append, place::Place, workload::Workload};
 
-/// Connections that fill at once. Each has keys of its own, so every key's rows are committed in sequence.
+/// Most connections that fill at once. Each has keys of its own, so every key's rows are committed in sequence.
 pub const LANES: u64 = 4;
 
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -47,11 +47,11 @@ pub async fn fill(
     let mut owner = place.owner().await?;
     let begin = position(&mut owner).await?;
     let before = count(&mut owner).await?;
-    let pool = place.appenders(LANES as u32).await?;
+    let pool = place.appenders(workload.lanes() as u32).await?;
     let start = Instant::now();
     let done = Arc::new(AtomicU64::new(0));
     let mut lanes = JoinSet::new();
-    for lane in 0..LANES {
+    for lane in 0..workload.lanes() {
         lanes.spawn(fill_lane(
             pool.clone(),
             workload.clone(),
@@ -116,7 +116,7 @@ async fn fill_lane(
     done: Arc<AtomicU64>,
 ) -> anyhow::Result<()> {
     let outbox = append::outbox();
-    let mut indices = (lane..workload.events()).step_by(LANES as usize).peekable();
+    let mut indices = (lane..workload.events()).step_by(workload.lanes() as usize).peekable();
     while indices.peek().is_some() {
         let mut transaction = pool.begin().await.context("begin")?;
         let mut events = Vec::new();

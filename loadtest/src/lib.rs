@@ -67,6 +67,9 @@ pub mod failure_rate;
 /// What a broker carries without the product.
 pub mod kafka;
 
+/// What an event costs, for backlogs of several sizes.
+pub mod cost;
+
 /// Bounds that figures must meet.
 pub mod threshold;
 

@@ -14,11 +14,15 @@ use devstack::{
     progress::Progress,
 };
 use loadtest::{
-    cli::{Cli, Command, Consumer, ConsumerArgs, DrainArgs, FailureArgs, KafkaArgs, LatencyArgs, Mode, PairArgs, Peer},
+    cli::{
+        Cli, Command, Consumer, ConsumerArgs, CostArgs, DrainArgs, FailureArgs, KafkaArgs, LatencyArgs, Mode, PairArgs,
+        Peer,
+    },
     complete::{self, Scenario, pgbench},
     conditions::Conditions,
     consumer::{self, Consumed, same_work},
     contender::Contender,
+    cost,
     drain::{self, Drained},
     failure_rate, html, kafka,
     latency::{self, Measured},
@@ -94,9 +98,11 @@ async fn measure(cli: &Cli, made: &mut Made, progress: &Progress) -> anyhow::Res
         Command::Latency(args) => measure_latency(args, made, progress).await,
         Command::Complete(args) => measure_pair(Scenario::Complete, args, made, progress).await,
         Command::Outbox(args) => measure_pair(Scenario::Outbox, args, made, progress).await,
+        Command::Soak(args) => measure_pair(Scenario::Soak, &args.pair(), made, progress).await,
         Command::Consumer(args) => measure_consumer(args, made, progress).await,
         Command::Kafka(args) => measure_kafka(args, made, progress).await,
         Command::FailureRate(args) => measure_failures(args, made, progress).await,
+        Command::Cost(args) => measure_cost(args, made, progress).await,
     }
 }
 
@@ -163,6 +169,18 @@ async fn measure_latency(args: &LatencyArgs, made: &mut Made, progress: &Progres
         .insert(Servers::open(args.common.stack.servers, progress).await?);
     let conditions =
         Conditions::gather(servers, args.common.stack.partitions, &args.common.stack.settings, None).await?;
+    if let Some(first) = contenders.first().filter(|_| !args.rehearsal.is_zero()) {
+        let place = made.place.insert(Place::new(servers, args.common.stack.partitions)?);
+        let rehearsal = LatencyArgs {
+            duration: args.rehearsal,
+            ..args.clone()
+        };
+        progress.note("a rehearsal, which is not counted:");
+        latency::measure(first, place, &rehearsal, progress).await?;
+        if let Some(place) = made.place.take() {
+            place.remove().await?;
+        }
+    }
     let mut results = Vec::new();
     for contender in &contenders {
         let place = made.place.insert(Place::new(servers, args.common.stack.partitions)?);
@@ -312,6 +330,22 @@ async fn measure_kafka(args: &KafkaArgs, made: &mut Made, progress: &Progress) -
         &report::kafka_text(&report, args.bytes),
         args.stack.output.as_deref(),
     )?;
+    Ok(if met { Exit::Done } else { NOT_MET })
+}
+
+async fn measure_cost(args: &CostArgs, made: &mut Made, progress: &Progress) -> anyhow::Result<Exit> {
+    let Made { place, servers } = made;
+    let servers = servers.insert(Servers::open(args.stack.servers, progress).await?);
+    let conditions = Conditions::gather(servers, args.stack.partitions, &args.stack.settings, None).await?;
+    let results = cost::measure(args, servers, place, progress).await?;
+    let met = results.iter().all(|cost| cost.failures.is_empty());
+    let report = Report {
+        kind: "cost",
+        conditions,
+        results,
+        ratios: Vec::new(),
+    };
+    publish(&report, &report::cost_text(&report), args.stack.output.as_deref())?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 

@@ -1,6 +1,6 @@
 use std::{
     fmt::Write,
-    fs,
+    fs, iter,
     path::{Path, PathBuf},
 };
 
@@ -12,17 +12,18 @@ use crate::{
     complete::{Completed, pgbench::Pgbench},
     conditions::Conditions,
     consumer::Consumed,
+    cost::{self, Cost},
     drain::Drained,
     failure_rate::Failed,
     kafka::{Carried, Step},
-    latency::Measured,
+    latency::{Measured, Quantiles},
     usage::Usage,
 };
 
 /// The whole result: what is written to the JSON file. Fields may be added, never changed.
 #[derive(Debug, Serialize)]
 pub struct Report<T> {
-    /// `drain`, `latency`, `complete`, `outbox`, `consumer`, `failure-rate` or `kafka`.
+    /// `drain`, `latency`, `complete`, `outbox`, `soak`, `consumer`, `failure-rate`, `kafka` or `cost`.
     pub kind: &'static str,
     pub conditions: Conditions,
     pub results: Vec<T>,
@@ -264,7 +265,21 @@ pub fn complete_text(report: &Report<Completed>, peer: Option<&Pgbench>, baselin
             result.drain_seconds.unwrap_or_default()
         );
         writeln!(accounts, "{line}").ok();
+        if result.kills > 0 {
+            writeln!(
+                accounts,
+                "{}: a process was killed {} times meanwhile",
+                result.contender, result.kills
+            )
+            .ok();
+        }
     }
+    let drift: String = report
+        .results
+        .iter()
+        .filter(|_| report.kind == "soak")
+        .map(drift)
+        .collect();
     let peer = peer.map_or(String::new(), |peer| {
         format!(
             "{} with {} clients: {} transactions per second, {:.1} ms on average\n",
@@ -281,11 +296,39 @@ pub fn complete_text(report: &Report<Completed>, peer: Option<&Pgbench>, baselin
             .map(|result| (&result.contender, &result.failures)),
     );
     format!(
-        "{load}\n{times}\n{accounts}{peer}{}{}{failures}{}",
+        "{load}\n{times}\n{drift}{accounts}{peer}{}{}{failures}{}",
         ratios(&report.ratios),
         baseline.map_or(String::new(), |baseline| baseline.text(&report.results)),
         conditions(&report.conditions)
     )
+}
+
+/// What became of latency and memory in the course of the load.
+fn drift(result: &Completed) -> String {
+    let mut head = vec!["seconds", "response p50", "p99 ms", "commit → applied p50", "p99 ms"];
+    head.extend(result.usage.iter().map(|usage| usage.process.as_str()));
+    let rows = result.stretches.iter().map(|stretch| {
+        let applied = |of: fn(&Quantiles) -> f64| {
+            let applied = stretch.applied.as_ref().filter(|times| times.count > 0);
+            applied.map_or("-".to_owned(), |times| format!("{:.1}", of(times)))
+        };
+        let mut row = vec![
+            format!("{} to {}", stretch.from, stretch.to),
+            format!("{:.1}", stretch.response.p50),
+            format!("{:.1}", stretch.response.p99),
+            applied(|times| times.p50),
+            applied(|times| times.p99),
+        ];
+        row.extend(result.usage.iter().map(|usage| {
+            let known = stretch
+                .resident_kib
+                .iter()
+                .find(|(process, _)| *process == usage.process);
+            known.map_or("-".to_owned(), |(_, kib)| format!("{:.1} MiB", *kib as f64 / 1024.0))
+        }));
+        row
+    });
+    format!("{}\n", table(&head, rows))
 }
 
 /// For people: table, verdict, conditions.
@@ -366,7 +409,7 @@ pub fn kafka_text(report: &Report<Carried>, bytes: u32) -> String {
         let steps = carried.steps.iter().chain([&carried.compared, &carried.fastest]);
         let cells = |step: &Step| {
             let times = &step.acknowledged;
-            let received = |of: fn(&crate::latency::Quantiles) -> f64| {
+            let received = |of: fn(&Quantiles) -> f64| {
                 step.received
                     .as_ref()
                     .map_or("-".to_owned(), |times| format!("{:.1}", of(times)))
@@ -413,6 +456,36 @@ pub fn kafka_text(report: &Report<Carried>, bytes: u32) -> String {
         }
     }
     format!("{text}{}{}", ratios(&report.ratios), conditions(&report.conditions))
+}
+
+/// For people: table, verdict, conditions.
+pub fn cost_text(report: &Report<Cost>) -> String {
+    let head = [
+        "stage",
+        "events",
+        "keys",
+        "instances",
+        "cpu µs/event",
+        "from the median",
+        "wall µs/event",
+        "peak memory of one",
+    ];
+    let known = |value: Option<String>| value.unwrap_or_else(|| "unknown".to_owned());
+    let rows = iter::zip(&report.results, cost::deviations(&report.results)).map(|(cost, deviation)| {
+        vec![
+            cost.point.stage.name().to_owned(),
+            count(cost.point.events as f64),
+            count(cost.point.keys as f64),
+            cost.point.instances.to_string(),
+            known(cost.cpu_micros.map(|micros| format!("{micros:.1}"))),
+            known(deviation.map(|deviation| format!("{:+.0} %", deviation * 100.0))),
+            format!("{:.1}", cost.wall_micros),
+            known(cost.peak_kib.map(|kib| format!("{:.1} MiB", kib as f64 / 1024.0))),
+        ]
+    });
+    let names: Vec<String> = report.results.iter().map(|cost| cost.point.to_string()).collect();
+    let failures = failures(iter::zip(&names, report.results.iter().map(|cost| &cost.failures)));
+    format!("{}\n{failures}{}", table(&head, rows), conditions(&report.conditions))
 }
 
 /// For people: table, verdict, conditions.

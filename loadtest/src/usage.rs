@@ -36,30 +36,46 @@ pub struct Moment {
 
 /// Samples processes until it is asked for the result.
 pub struct Watch {
+    began: Instant,
     tasks: Vec<JoinHandle<Usage>>,
+    stop: CancellationToken,
     /// Also ends them when the watch is dropped.
-    stop: DropGuard,
+    _dropped: DropGuard,
 }
 
 impl Watch {
     pub fn over(processes: Vec<(String, ProcessIdentity)>) -> Self {
         let stop = CancellationToken::new();
-        let watch = |(name, identity)| tokio::spawn(watch(name, identity, stop.clone()));
-        let tasks = processes.into_iter().map(watch).collect();
-        Self {
-            tasks,
-            stop: stop.drop_guard(),
+        let mut this = Self {
+            began: Instant::now(),
+            tasks: Vec::new(),
+            _dropped: stop.clone().drop_guard(),
+            stop,
+        };
+        for (name, identity) in processes {
+            this.add(name, identity);
         }
+        this
+    }
+
+    /// One more; one of a name that is watched already is the same process, started again.
+    pub fn add(&mut self, name: String, identity: ProcessIdentity) {
+        let (stop, began) = (self.stop.clone(), self.began);
+        self.tasks.push(tokio::spawn(watch(name, identity, stop, began)));
     }
 
     /// What they took up to now; call it before they end.
     pub async fn finish(self) -> Vec<Usage> {
-        drop(self.stop);
-        let mut usages = Vec::new();
+        self.stop.cancel();
+        let mut usages: Vec<Usage> = Vec::new();
         for task in self.tasks {
-            match task.await {
-                Ok(usage) => usages.push(usage),
+            let usage = match task.await {
+                Ok(usage) => usage,
                 Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+            };
+            match usages.iter_mut().find(|known| known.process == usage.process) {
+                Some(before) => before.go_on(usage),
+                None => usages.push(usage),
             }
         }
         usages
@@ -82,12 +98,11 @@ pub fn compiler_seconds(pid: i32) -> Option<f64> {
     tasks.flatten().filter_map(of_thread).reduce(|sum, thread| sum + thread)
 }
 
-async fn watch(process: String, identity: ProcessIdentity, stop: CancellationToken) -> Usage {
+async fn watch(process: String, identity: ProcessIdentity, stop: CancellationToken, began: Instant) -> Usage {
     let mut usage = Usage {
         process,
         ..Usage::default()
     };
-    let began = Instant::now();
     loop {
         let last = stop.is_cancelled();
         if identity.is_alive() {
@@ -104,6 +119,20 @@ async fn watch(process: String, identity: ProcessIdentity, stop: CancellationTok
 }
 
 impl Usage {
+    /// The same process, started again: its processor time is added to that of its lives before.
+    fn go_on(&mut self, later: Self) {
+        self.peak_kib = self.peak_kib.max(later.peak_kib);
+        self.sampled_peak_kib = self.sampled_peak_kib.max(later.sampled_peak_kib);
+        self.samples += later.samples;
+        let before = self.cpu_seconds;
+        let added = |seconds: f64| seconds + before.unwrap_or_default();
+        self.series.extend(later.series.into_iter().map(|moment| Moment {
+            cpu_seconds: moment.cpu_seconds.map(added),
+            ..moment
+        }));
+        self.cpu_seconds = later.cpu_seconds.map(added).or(before);
+    }
+
     fn sample(&mut self, pid: i32, began: Instant) {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         self.peak_kib = kib(&status, "VmHWM:").or(self.peak_kib);
@@ -150,6 +179,33 @@ mod tests {
         assert_eq!(kib("", "VmRSS:"), None);
         let stat = "7 (a) b) S 1 7 7 0 -1 4194560 100 0 0 0 150 50 0 0 20 0 1 0 5 6 7";
         assert_eq!(cpu_seconds(stat), Some(2.0));
+    }
+
+    #[test]
+    fn a_process_that_was_started_again_is_one() {
+        let life = |at, resident, cpu| Usage {
+            process: "relay".to_owned(),
+            peak_kib: Some(resident),
+            sampled_peak_kib: Some(resident),
+            samples: 1,
+            cpu_seconds: Some(cpu),
+            series: vec![Moment {
+                at,
+                resident_kib: Some(resident),
+                cpu_seconds: Some(cpu),
+            }],
+        };
+        let mut usage = life(0.0, 50, 2.0);
+        usage.go_on(life(10.0, 40, 0.5));
+        assert_eq!(
+            (usage.peak_kib, usage.cpu_seconds, usage.samples),
+            (Some(50), Some(2.5), 2)
+        );
+        assert_eq!(
+            usage.series[1].cpu_seconds,
+            Some(2.5),
+            "the line of its processor time does not fall"
+        );
     }
 
     #[tokio::test]

@@ -30,17 +30,27 @@ const LONGEST_LINE: usize = 88;
 pub struct Workload {
     events: u64,
     keys: u64,
+    lanes: u64,
     payload_bytes: usize,
 }
 
 impl Workload {
-    /// `keys` is a multiple of `lanes`, so that lanes which take every `lanes`-th event share no key.
+    /// The number of keys is a multiple of the number of lanes, so that lanes which take every
+    /// [`lanes`](Self::lanes)-th event share no key. With fewer keys than `lanes` there is one.
     pub fn new(events: u64, events_per_key: u64, payload_bytes: u32, lanes: u64) -> Self {
+        let keys = events.div_ceil(events_per_key);
+        let lanes = if keys < lanes { 1 } else { lanes };
         Self {
             events,
-            keys: events.div_ceil(events_per_key).next_multiple_of(lanes),
+            keys: keys.next_multiple_of(lanes),
+            lanes,
             payload_bytes: payload_bytes as usize,
         }
+    }
+
+    /// How many connections can append at once, each its share of the keys.
+    pub fn lanes(&self) -> u64 {
+        self.lanes
     }
 
     pub fn events(&self) -> u64 {
@@ -242,5 +252,7 @@ mod tests {
             assert_eq!(*lanes.entry(key).or_insert(index % 4), index % 4);
         }
         assert!(last.values().all(|last| *last <= 7));
+        let few = Workload::new(1_000, 500, 400, 4);
+        assert_eq!((few.keys(), few.lanes()), (2, 1));
     }
 }

@@ -1,10 +1,12 @@
-use std::time::Duration;
+use std::{iter, time::Duration};
 
 use anyhow::{Context, bail};
 use devstack::progress::Progress;
+use futures_util::TryStreamExt;
 use serde::Serialize;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     cli::PairArgs,
@@ -16,7 +18,7 @@ use crate::{
     usage::{self, Usage, Watch},
 };
 
-use self::broker::Broker;
+use self::{broker::Broker, stretch::Stretch};
 
 /// The peer: PostgreSQL's own load generator.
 pub mod pgbench;
@@ -24,7 +26,14 @@ pub mod pgbench;
 /// What stands in the topic afterwards.
 pub mod broker;
 
+/// Relay and consumer, killed while the load runs.
+mod faults;
+
+/// Whether the last part of a load is worse than the first.
+pub mod stretch;
+
 const PREPARE: &str = include_str!("prepare.sql");
+const REASON: &str = r#"{"reason":"load test"}"#;
 /// Below this share of the offered rate the figures are those of a smaller load.
 const REACHED: f64 = 0.99;
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
@@ -48,6 +57,8 @@ pub enum Scenario {
     Complete,
     /// Load test 1: `POST /load-test/outbox`, an event and nothing else.
     Outbox,
+    /// Of ten requests seven complete a shipment, one holds one, one cancels one and one creates one.
+    Soak,
 }
 
 impl Scenario {
@@ -55,6 +66,7 @@ impl Scenario {
         match self {
             Self::Complete => "complete",
             Self::Outbox => "outbox",
+            Self::Soak => "soak",
         }
     }
 
@@ -70,13 +82,29 @@ impl Scenario {
                 );
                 ("/load-test/outbox".into(), body.into())
             },
+            Self::Soak => |number| {
+                let shipment = number + 1;
+                match number % 10 {
+                    0 => {
+                        // Hot orders, which there are whatever the skew.
+                        let order = 1 + number / 10 % 20;
+                        let body = format!(
+                            r#"{{"order_id":"L{order}","warehouse":"main","carrier":"Speedy Express","lines":[{{"sku":"1","quantity":1}}]}}"#
+                        );
+                        ("/v1/shipments".into(), body.into())
+                    }
+                    1 => (format!("/v1/shipments/{shipment}/hold").into(), REASON.into()),
+                    2 => (format!("/v1/shipments/{shipment}/cancel").into(), REASON.into()),
+                    _ => (format!("/v1/shipments/{shipment}/complete").into(), "{}".into()),
+                }
+            },
         }
     }
 
     /// Queries for rows that must not be there at the end.
     fn checks(self) -> &'static str {
         match self {
-            Self::Complete => include_str!("checks.sql"),
+            Self::Complete | Self::Soak => include_str!("checks.sql"),
             Self::Outbox => include_str!("outbox_checks.sql"),
         }
     }
@@ -90,7 +118,7 @@ impl Scenario {
                    FROM logistics.shipments AS s JOIN commerce.inbox AS i
                      ON i.aggregate_id = s.id::text AND i.sequence = s.sequence WHERE s.status = 'completed'"
             }
-            Self::Outbox => {
+            Self::Outbox | Self::Soak => {
                 "SELECT o.created_at AS committed, pg_xact_commit_timestamp(i.xmin) AS applied
                    FROM logistics.outbox AS o JOIN commerce.inbox AS i ON i.event_id = o.id"
             }
@@ -120,6 +148,10 @@ pub struct Completed {
     /// From logistics' commit to commerce's, of what was committed after the warm-up; only of the pair.
     pub commit_to_applied: Option<Quantiles>,
     pub seconds: Vec<Second>,
+    /// The time in equal parts.
+    pub stretches: Vec<Stretch>,
+    /// How often a process was killed meanwhile.
+    pub kills: u64,
     /// From the last answer until commerce had applied everything.
     pub drain_seconds: Option<f64>,
     /// What must be 0, and is counted in the tables afterwards.
@@ -176,10 +208,18 @@ pub async fn measure(
     };
     let step = progress.step(format!("{name}: {}, one change per request", scenario.name()));
     let load_before = conditions::load();
-    let watch = Watch::over(running.identities()?);
+    let mut watch = Watch::over(running.identities()?);
     let cpu_before = usage::own_cpu_seconds();
     let began = Instant::now();
-    let answers = load::run(running.address()?, plan, scenario.request()).await?;
+    let address = running.address()?;
+    let over = CancellationToken::new();
+    let load = async {
+        let answers = load::run(address, plan, scenario.request()).await;
+        over.cancel();
+        answers
+    };
+    let kills = faults::kill_in_turn(args, place, &mut running, &mut watch, &over);
+    let (answers, kills) = tokio::try_join!(load, kills)?;
     let took = began.elapsed().as_secs_f64();
     let used = usage::own_cpu_seconds()
         .zip(cpu_before)
@@ -188,8 +228,9 @@ pub async fn measure(
     let achieved = answers.response.len() as f64 / plan.duration.as_secs_f64();
     step.done(&format!("{name}: {achieved:.0} requests per second"));
 
-    let mut completed = Completed::new(name.clone(), plan, args.rate, answers, load_before);
+    let mut completed = Completed::new(name.clone(), plan, args.rate, answers, load_before)?;
     completed.generator_cores = used;
+    completed.kills = kills;
     if args.with == Processes::Pair {
         let step = progress.step(format!("{name}: waiting until commerce has applied everything"));
         let drained = drain(&mut owner, &mut running, args.stack.patience).await?;
@@ -200,6 +241,7 @@ pub async fn measure(
         ));
     }
     completed.usage = watch.finish().await;
+    stretch::note_memory(&mut completed.stretches, &completed.usage, plan.warm_up);
     running.stop().await?;
     if args.with == Processes::Pair {
         let step = progress.step(format!("{name}: accounting for every event"));
@@ -208,7 +250,7 @@ pub async fn measure(
         completed.account(&mut owner, scenario, args).await?;
         step.done(&format!("{name}: {} events accounted for", completed.events));
     }
-    completed.judge(args);
+    completed.judge(scenario, args);
     owner.close().await.context("close the connection")?;
     Ok(completed)
 }
@@ -233,11 +275,20 @@ pub async fn prepare(owner: &mut PgConnection, shipments: u64, skew: f64) -> any
 }
 
 async fn start(scenario: Scenario, args: &PairArgs, place: &Place) -> anyhow::Result<Running> {
-    let role = if args.with == Processes::Api { "api" } else { "all" };
     let mut settings = args.stack.settings.clone();
     let endpoint = scenario == Scenario::Outbox;
     settings.push(("LOAD_TEST_ENDPOINT".to_owned(), endpoint.to_string()));
+    // What is killed meanwhile is not to take the API with it.
+    let apart = args.faults_every.is_some();
+    let role = if args.with == Processes::Api || apart {
+        "api"
+    } else {
+        "all"
+    };
     let mut running = contender::start_logistics(place, role, &settings).await?;
+    if apart && args.with != Processes::Api {
+        running.add(faults::start_relay(args, place).await?);
+    }
     if args.with == Processes::Pair {
         running.add(contender::start_commerce(place, &args.stack.settings).await?);
     }
@@ -292,7 +343,13 @@ pub async fn checks(owner: &mut PgConnection, scenario: Scenario) -> anyhow::Res
 }
 
 impl Completed {
-    fn new(contender: String, plan: Plan, offered: Option<u64>, answers: Answers, load_before: Option<f64>) -> Self {
+    fn new(
+        contender: String,
+        plan: Plan,
+        offered: Option<u64>,
+        answers: Answers,
+        load_before: Option<f64>,
+    ) -> anyhow::Result<Self> {
         let seconds = answers.seconds.iter().map(|second| Second {
             offered: second.offered,
             answered: second.answered,
@@ -304,7 +361,9 @@ impl Completed {
             applied_p99: None,
             backlog: None,
         });
-        Self {
+        Ok(Self {
+            stretches: stretch::of(&answers.seconds)?,
+            kills: 0,
             contender,
             connections: plan.connections,
             offered,
@@ -326,7 +385,7 @@ impl Completed {
             usage: Vec::new(),
             generator_cores: None,
             failures: Vec::new(),
-        }
+        })
     }
 
     /// By the commit times of both transactions: the shipment's row and the event's inbox row are written once more by nobody.
@@ -337,20 +396,19 @@ impl Completed {
                     (extract(epoch FROM applied - committed) * 1e6)::bigint AS took FROM pair",
             scenario.times()
         );
-        let rows = sqlx::query(AssertSqlSafe(query))
-            .fetch_all(&mut *owner)
-            .await
-            .context("read the commit times")?;
+        let mut rows = sqlx::query(AssertSqlSafe(query)).fetch(&mut *owner);
         let mut all = load::histogram()?;
         let mut by_second = vec![load::histogram()?; self.seconds.len()];
         let mut backlog = vec![0; self.seconds.len()];
-        for row in rows {
+        while let Some(row) = rows.try_next().await.context("read the commit times")? {
             let (at, took): (f64, i64) = (row.try_get("at")?, row.try_get("took")?);
             let counted = at - plan.warm_up.as_secs_f64();
-            let ends = backlog.iter_mut().enumerate();
-            for (_, waiting) in
-                ends.filter(|(second, _)| (counted..counted + took as f64 / 1e6).contains(&(*second as f64 + 1.0)))
-            {
+            let applied = counted + took as f64 / 1e6;
+            let from = counted.ceil().max(1.0) as usize;
+            for waiting in (from..).take_while(|end| (*end as f64) < applied) {
+                let Some(waiting) = backlog.get_mut(waiting - 1) else {
+                    break;
+                };
                 *waiting += 1;
             }
             if counted < 0.0 {
@@ -361,12 +419,12 @@ impl Completed {
                 second.saturating_record(took.max(0) as u64);
             }
         }
-        for (second, times) in self
-            .seconds
-            .iter_mut()
-            .zip(by_second)
-            .filter(|(_, times)| !times.is_empty())
-        {
+        for (second, waiting) in iter::zip(&mut self.seconds, backlog) {
+            second.backlog = Some(waiting);
+        }
+        stretch::note_applied(&mut self.stretches, &by_second)?;
+        let applied = iter::zip(&mut self.seconds, by_second);
+        for (second, times) in applied.filter(|(_, times)| !times.is_empty()) {
             second.applied_p50 = Some(times.value_at_quantile(0.5) as f64 / 1e3);
             second.applied_p99 = Some(times.value_at_quantile(0.99) as f64 / 1e3);
         }
@@ -404,7 +462,10 @@ impl Completed {
         Ok(())
     }
 
-    fn judge(&mut self, args: &PairArgs) {
+    fn judge(&mut self, scenario: Scenario, args: &PairArgs) {
+        if scenario == Scenario::Soak {
+            self.failures.extend(stretch::growth(&self.stretches));
+        }
         for (what, rows) in self.checks.iter().filter(|(_, rows)| *rows != 0) {
             self.failures.push(format!("{what}: {rows} rows"));
         }

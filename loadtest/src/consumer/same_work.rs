@@ -24,8 +24,6 @@ use crate::{
     workload::{SMALLEST_PAYLOAD, Workload},
 };
 
-/// Of the backlog: each is an order of its own.
-const EVENTS_PER_KEY: u64 = 5;
 const ROWS_PER_TRANSACTION: u64 = 100;
 /// A transaction per record takes minutes for what the others do in a second.
 const MOST_RECORDS: u64 = 20_000;
@@ -37,7 +35,7 @@ const MOST_RECORDS: u64 = 20_000;
 pub async fn prepare(args: &ConsumerArgs, place: &Place, progress: &Progress) -> anyhow::Result<()> {
     place.make().await?;
     place.make_commerce().await?;
-    let workload = Workload::new(args.events, EVENTS_PER_KEY, SMALLEST_PAYLOAD, fill::LANES);
+    let workload = workload(args);
     fill::fill(place, &workload, ROWS_PER_TRANSACTION, progress).await?;
     let step = progress.step("publishing the backlog");
     // By polling: without a slot there is nothing to be read of the log.
@@ -82,7 +80,7 @@ pub async fn measure(
     };
     let step = progress.step(format!("{name}: {events} events"));
     let mut owner = place.owner().await?;
-    make_tables(&mut owner, args.events).await?;
+    make_tables(&mut owner, workload(args).keys()).await?;
     // One before this one may have read the topic to its end, in the same group.
     place.topic.forget_group(&group(consumer, place)).await?;
     let load_before = conditions::load();
@@ -108,8 +106,12 @@ pub async fn measure(
     Ok(consumed)
 }
 
-async fn make_tables(owner: &mut PgConnection, events: u64) -> anyhow::Result<()> {
-    let orders = Workload::new(events, EVENTS_PER_KEY, SMALLEST_PAYLOAD, fill::LANES).keys();
+/// Each key is an order of its own.
+fn workload(args: &ConsumerArgs) -> Workload {
+    Workload::new(args.events, args.events_per_key, SMALLEST_PAYLOAD, fill::LANES)
+}
+
+async fn make_tables(owner: &mut PgConnection, orders: u64) -> anyhow::Result<()> {
     let statements = format!(
         "TRUNCATE commerce.inbox;
          DROP SCHEMA IF EXISTS same_work CASCADE;

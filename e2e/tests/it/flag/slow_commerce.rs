@@ -116,7 +116,7 @@ async fn g4_complete_is_measured_by_both_paths_while_commerce_is_healthy_slow_an
     // Requests of a piece by each path, and how many a second: the old one is slower by so much that a few tell.
     let offered = |count, rate| Offered { count, rate };
     let (rounds, outbox, legacy) = if full {
-        (12, offered(1_008, 100), offered(84, 50))
+        (12, offered(1_008, 50), offered(84, 50))
     } else {
         (1, offered(25, 25), offered(25, 25))
     };
