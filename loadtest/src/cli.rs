@@ -67,7 +67,7 @@ Examples:
     #[command(before_help = "\
 Examples:
   loadtest soak                                             200/s for an hour, a process killed every minute
-  loadtest soak --rate 500 --duration 8h --faults-every 5m")]
+  loadtest soak --rate 500 --duration 4h --faults-every 5m")]
     Soak(SoakArgs),
     /// Publish a backlog of completions while commerce is stopped, then measure how fast commerce applies it.
     #[command(before_help = "\
@@ -89,8 +89,8 @@ Examples:
   loadtest kafka --java                                     beside the broker's own load generator
   loadtest kafka --consume --bytes 400 --step 10s")]
     Kafka(KafkaArgs),
-    /// What an event costs our processes in processor time and memory: for small and large backlogs, few and many keys, one and
-    /// several instances. It is to be the same everywhere.
+    /// What an event costs our processes in processor time, which is to be the same for small and large backlogs, few and many keys,
+    /// one and several instances; and how large they become.
     #[command(before_help = "\
 Examples:
   loadtest cost                                             relay, engine and commerce, up to 1,000,000 events
@@ -127,9 +127,9 @@ pub struct LatencyArgs {
     /// How long the same load runs before it counts.
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
     pub warm_up: Duration,
-    /// How long the first contender runs once before all, without being counted: the broker's Java machine compiles what this very
-    /// load needs for about a minute, and takes a third of a processor meanwhile. `0s` for not at all.
-    #[arg(long, value_name = "DURATION", default_value = "90s", value_parser = humantime::parse_duration)]
+    /// How long the first contender runs once before all, without being counted. For about a minute the broker's Java machine compiles
+    /// what just this load needs, and takes a third of a processor. `0s` for not at all, up to 1h.
+    #[arg(long, value_name = "DURATION", default_value = "90s", value_parser = duration_or_none)]
     pub rehearsal: Duration,
     /// Where events are appended: into the table by the load test itself, or by requests to the product's API.
     /// `after-commit` publishes from the API's process, so it is always measured through the API.
@@ -192,19 +192,21 @@ pub struct SoakArgs {
     /// Requests per second, each due at its time whatever became of those before it.
     #[arg(long, value_name = "PER-SECOND", default_value = "200", value_parser = clap::value_parser!(u64).range(1..=5_000))]
     pub rate: u64,
-    /// How long is measured, e.g. `30m`, `8h`; up to 12h.
+    /// How long is measured, e.g. `30m`, `4h`; up to 4h.
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = long_duration)]
     pub duration: Duration,
     /// Connections, each with one request at a time.
-    #[arg(long, value_name = "COUNT", default_value = "32", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_name = "COUNT", default_value = "32", value_parser = clap::value_parser!(u32).range(1..=128))]
     pub connections: u32,
-    /// Kill consumer and relay in turn, one after each interval, and start it again at once.
-    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = duration)]
+    /// Kill consumer and relay in turn, one after each interval, and start it again at once. `0s` for not at all: then their memory is
+    /// judged as well.
+    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = duration_or_none)]
     pub faults_every: Duration,
     /// How unevenly shipments fall to orders: 1 gives each order five, 3 makes a tenth of the orders have nearly half of them.
     #[arg(long, value_name = "EXPONENT", default_value = "3", value_parser = skew)]
     pub skew: f64,
-    /// As of `loadtest complete`; beside them no process may grow by more than a fifth from the third tenth of the time to the last.
+    /// As of `loadtest complete`. Beside them no process may grow by more than a fifth from the third tenth of the time to the last,
+    /// unless it was killed.
     #[arg(long = "threshold", value_name = "FIGURE<BOUND")]
     pub thresholds: Vec<Threshold>,
     #[command(flatten)]
@@ -225,7 +227,7 @@ impl SoakArgs {
             skew: self.skew,
             with: Processes::Pair,
             pgbench: None,
-            faults_every: Some(self.faults_every),
+            faults_every: Some(self.faults_every).filter(|every| !every.is_zero()),
             thresholds: self.thresholds.clone(),
             stack: self.stack.clone(),
             baseline: None,
@@ -341,6 +343,9 @@ pub struct CostArgs {
     /// By how much a cost may differ from the median of its stage, else the exit code is 99.
     #[arg(long, value_name = "PERCENT", default_value = "10", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub within: u32,
+    /// Resident memory that a process may have at any point, in MiB.
+    #[arg(long, value_name = "MIB", default_value = "64", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub memory: u32,
     #[command(flatten)]
     pub stack: StackArgs,
 }
@@ -351,7 +356,7 @@ pub struct CostArgs {
 pub enum Stage {
     /// Over the write-ahead log, without marks.
     Relay,
-    /// Of crate inbox, with the least work there is.
+    /// That of crate inbox, with the least work there is.
     Engine,
     /// commerce-consumer with the product's own handler.
     Commerce,
@@ -558,11 +563,18 @@ fn duration(text: &str) -> Result<Duration, String> {
     Ok(duration)
 }
 
-/// For what is left alone meanwhile.
+fn duration_or_none(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Ok(Duration::ZERO),
+        _ => duration(text).map_err(|error| format!("{error}, or 0s")),
+    }
+}
+
+/// For runs that nobody watches. Longer ones would have the load test keep too many seconds in memory.
 fn long_duration(text: &str) -> Result<Duration, String> {
     let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
-    if duration < Duration::from_secs(10) || duration > Duration::from_secs(12 * 3600) {
-        return Err("allowed are 10s to 12h".to_owned());
+    if duration < Duration::from_secs(10) || duration > Duration::from_secs(4 * 3600) {
+        return Err("allowed are 10s to 4h".to_owned());
     }
     Ok(duration)
 }

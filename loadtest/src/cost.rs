@@ -1,5 +1,6 @@
 use std::{fmt, iter};
 
+use anyhow::ensure;
 use devstack::progress::Progress;
 use serde::Serialize;
 
@@ -19,8 +20,9 @@ const RELAY_EVENTS_PER_KEY: u64 = 10;
 const ENGINE_EVENTS_PER_KEY: u64 = 5;
 const ROWS_PER_TRANSACTION: u64 = 100;
 const THREADS: u32 = 6;
-/// What a process takes to start is measured with so few.
+/// What a process takes to start is measured with so few events, so often.
 const FEW: u64 = 200;
+const STARTS: usize = 3;
 
 /// A place on the curve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -116,12 +118,19 @@ pub async fn measure(
     for stage in &args.stage {
         let points = stage.points(args);
         // To start takes as long with few events as with many.
-        let start = Point {
+        let few = Point {
             events: FEW,
             keys: FEW / 10,
-            ..points[0]
+            instances: 1,
+            stage: *stage,
         };
-        let start = run(start, args, servers, made, progress).await?;
+        let mut starts = Vec::new();
+        for _ in 0..STARTS {
+            let start = run(few, args, servers, made, progress).await?;
+            ensure!(start.failures.is_empty(), "{few}: {}", start.failures.join("; "));
+            starts.extend(cpu_seconds(&start.usage));
+        }
+        let start = median(starts);
         for point in points {
             let Run {
                 events,
@@ -130,8 +139,8 @@ pub async fn measure(
                 failures,
             } = run(point, args, servers, made, progress).await?;
             let instances = f64::from(point.instances);
-            let cpu = cpu_seconds(&usage).zip(cpu_seconds(&start.usage));
-            let beyond_start = (events - start.events) as f64;
+            let cpu = cpu_seconds(&usage).zip(start);
+            let beyond_start = events as f64 - FEW as f64 * instances;
             costs.push(Cost {
                 point,
                 cpu_micros: cpu.map(|(cpu, start)| (cpu - start * instances) * 1e6 / beyond_start),
@@ -141,18 +150,27 @@ pub async fn measure(
             });
         }
     }
-    judge(&mut costs, args.within);
+    judge(&mut costs, args);
     Ok(costs)
 }
 
-/// A cost that differs from the others by more than `within` percent, in either direction, is a failure of its point.
-fn judge(costs: &mut [Cost], within: u32) {
+/// A cost that differs from the others of its stage in either direction, one that nobody knows, and a process that is too large.
+fn judge(costs: &mut [Cost], args: &CostArgs) {
     let deviations = deviations(costs);
     for (cost, deviation) in iter::zip(costs, deviations) {
-        let percent = deviation.map(|deviation| deviation * 100.0);
-        if let Some(percent) = percent.filter(|percent| percent.abs() > f64::from(within)) {
-            let failure = format!("its cost differs from the median by {percent:+.0} %, allowed are {within} %");
-            cost.failures.push(failure);
+        let failures = &mut cost.failures;
+        match deviation.map(|deviation| deviation * 100.0) {
+            Some(percent) if percent.abs() <= f64::from(args.within) => {}
+            Some(percent) => failures.push(format!(
+                "its cost differs from the median by {percent:+.0} %, allowed are {} %",
+                args.within
+            )),
+            None => failures.push("its processor time is not known".to_owned()),
+        }
+        match cost.peak_kib.map(|kib| kib as f64 / 1024.0) {
+            Some(mib) if mib <= f64::from(args.memory) => {}
+            Some(mib) => failures.push(format!("a process took {mib:.1} MiB, allowed are {}", args.memory)),
+            None => failures.push("its memory is not known".to_owned()),
         }
     }
 }
@@ -250,14 +268,17 @@ fn cpu_seconds(usage: &[Usage]) -> Option<f64> {
 
 /// By how much each cost differs from the median of its stage, as a share of it; `None` where it is not known.
 pub fn deviations(costs: &[Cost]) -> Vec<Option<f64>> {
-    let median = |stage: Stage| {
+    let of_stage = |stage: Stage| {
         let of_stage = costs.iter().filter(|cost| cost.point.stage == stage);
-        let mut known: Vec<f64> = of_stage.filter_map(|cost| cost.cpu_micros).collect();
-        known.sort_by(f64::total_cmp);
-        known.get(known.len() / 2).copied()
+        median(of_stage.filter_map(|cost| cost.cpu_micros).collect())
     };
-    let deviation = |cost: &Cost| Some(cost.cpu_micros? / median(cost.point.stage)? - 1.0);
+    let deviation = |cost: &Cost| Some(cost.cpu_micros? / of_stage(cost.point.stage)? - 1.0);
     costs.iter().map(deviation).collect()
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
 }
 
 #[cfg(test)]
@@ -277,19 +298,30 @@ mod tests {
 
     #[test]
     fn each_point_is_measured_once() {
-        let args = args(&["--events", "1000,10", "--keys", "1,100,5000", "--instances", "1,2"]);
+        let args = args(&[
+            "--events",
+            "100000,1000",
+            "--keys",
+            "1,10000,500000",
+            "--instances",
+            "1,2",
+        ]);
         let points = |stage: Stage| -> Vec<(u64, u64, u32)> {
             let points = stage.points(&args).into_iter();
             points
                 .map(|point| (point.events, point.keys, point.instances))
                 .collect()
         };
-        // 100 keys are what a backlog of 1,000 has anyway, and none has more keys than events.
-        assert_eq!(
-            points(Stage::Relay),
-            [(10, 1, 1), (1000, 100, 1), (1000, 1, 1), (1000, 1000, 1)]
-        );
-        assert_eq!(points(Stage::Commerce), [(10, 10, 1), (1000, 1000, 1), (1000, 1000, 2)]);
+        // 10,000 keys are what a backlog of 100,000 has anyway, and none has more keys than events.
+        let relay = [
+            (1_000, 100, 1),
+            (100_000, 10_000, 1),
+            (100_000, 1, 1),
+            (100_000, 100_000, 1),
+        ];
+        assert_eq!(points(Stage::Relay), relay);
+        let commerce = [(1_000, 1_000, 1), (100_000, 100_000, 1), (100_000, 100_000, 2)];
+        assert_eq!(points(Stage::Commerce), commerce);
     }
 
     #[test]

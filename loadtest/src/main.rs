@@ -18,7 +18,7 @@ use loadtest::{
         Cli, Command, Consumer, ConsumerArgs, CostArgs, DrainArgs, FailureArgs, KafkaArgs, LatencyArgs, Mode, PairArgs,
         Peer,
     },
-    complete::{self, Scenario, pgbench},
+    complete::{self, Processes, Scenario, pgbench},
     conditions::Conditions,
     consumer::{self, Consumed, same_work},
     contender::Contender,
@@ -160,8 +160,10 @@ async fn measure_latency(args: &LatencyArgs, made: &mut Made, progress: &Progres
             "--peer pg-recvlogical: it reads a backlog, and has no part in latency",
         ));
     }
-    if latency::events(args.rate, args.warm_up + args.duration) > MOST_EVENTS {
-        return Err(usage("--rate times --duration: at most 50,000,000 events in one run"));
+    if latency::events(args.rate, args.warm_up + args.duration.max(args.rehearsal)) > MOST_EVENTS {
+        return Err(usage(
+            "--rate times --duration or --rehearsal: at most 50,000,000 events in one run",
+        ));
     }
     let contenders = Contender::all(&args.common)?;
     let servers = made
@@ -215,6 +217,11 @@ async fn measure_pair(
 ) -> anyhow::Result<Exit> {
     if args.pgbench.is_some() {
         pgbench::find()?;
+    }
+    if args.faults_every.is_some() && args.with == Processes::Api {
+        return Err(usage(
+            "--faults-every: only relay and consumer are killed, and --with api has neither",
+        ));
     }
     let baseline = args.baseline.as_deref().map(Baseline::read).transpose()?;
     let servers = made.servers.insert(Servers::open(args.stack.servers, progress).await?);

@@ -9,6 +9,7 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
     client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer},
+    error::KafkaError,
     producer::{BaseProducer, BaseRecord, Producer},
     types::RDKafkaErrorCode,
 };
@@ -17,6 +18,8 @@ use uuid::Uuid;
 use crate::usage;
 
 const DEADLINE: Duration = Duration::from_secs(30);
+/// Longer than a Kafka client's session by default, 45 s.
+const SESSION: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(100);
 const WARM_UP_STEP: Duration = Duration::from_secs(5);
 /// Share of a processor that a compiler takes that has little left to do.
@@ -85,14 +88,20 @@ impl Topic {
     /// # Errors
     /// If the broker does not answer, or refuses.
     pub async fn forget_group(&self, group: &str) -> anyhow::Result<()> {
-        let results = self.admin()?.delete_groups(&[group], &options()).await;
-        for result in results.context("ask the broker to delete the group")? {
-            match result {
-                Ok(_) | Err((_, RDKafkaErrorCode::GroupIdNotFound)) => {}
+        let end = Instant::now() + SESSION;
+        loop {
+            let results = self.admin()?.delete_groups(&[group], &options()).await;
+            let result = results
+                .context("ask the broker to delete the group")?
+                .into_iter()
+                .next();
+            match result.context("the broker says nothing of the group")? {
+                Ok(_) | Err((_, RDKafkaErrorCode::GroupIdNotFound)) => return Ok(()),
+                // A member that went without a word is one until its session ends.
+                Err((_, RDKafkaErrorCode::NonEmptyGroup)) if Instant::now() < end => tokio::time::sleep(POLL).await,
                 Err((group, code)) => bail!("delete the group {group}: {code}"),
             }
         }
-        Ok(())
     }
 
     fn admin(&self) -> anyhow::Result<AdminClient<DefaultClientContext>> {
@@ -216,13 +225,29 @@ impl Reader {
         let mut ends = Ends::default();
         for partition in 0..self.topic.partitions {
             let (low, high) = self
-                .consumer
-                .fetch_watermarks(&self.topic.name, partition, DEADLINE)
+                .ends_of(partition)
                 .with_context(|| format!("ask for the ends of partition {partition}"))?;
             ends.records += (high - low).cast_unsigned();
             ends.partitions.push((low, high));
         }
         Ok(ends)
+    }
+
+    /// A broker that has just made a topic may say for a moment that it does not lead it.
+    fn ends_of(&self, partition: i32) -> Result<(i64, i64), KafkaError> {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            let ends = self.consumer.fetch_watermarks(&self.topic.name, partition, DEADLINE);
+            let code = ends.as_ref().err().and_then(KafkaError::rdkafka_error_code);
+            match code {
+                Some(RDKafkaErrorCode::NotLeaderForPartition | RDKafkaErrorCode::LeaderNotAvailable)
+                    if Instant::now() < end =>
+                {
+                    std::thread::sleep(POLL);
+                }
+                _ => return ends,
+            }
+        }
     }
 
     /// The same from asynchronous code.

@@ -15,6 +15,8 @@ const TICKS_PER_SECOND: f64 = 100.0;
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Usage {
     pub process: String,
+    /// How often it was started.
+    pub lives: u32,
     /// Largest resident memory by the kernel's own record (`VmHWM`), in KiB.
     pub peak_kib: Option<u64>,
     /// Largest of the samples of `VmRSS`, in KiB.
@@ -37,10 +39,17 @@ pub struct Moment {
 /// Samples processes until it is asked for the result.
 pub struct Watch {
     began: Instant,
-    tasks: Vec<JoinHandle<Usage>>,
+    tasks: Vec<Watched>,
     stop: CancellationToken,
     /// Also ends them when the watch is dropped.
     _dropped: DropGuard,
+}
+
+struct Watched {
+    process: String,
+    /// The place of the one whose next life this is.
+    continues: Option<usize>,
+    task: JoinHandle<Usage>,
 }
 
 impl Watch {
@@ -53,27 +62,37 @@ impl Watch {
             stop,
         };
         for (name, identity) in processes {
-            this.add(name, identity);
+            this.add(name, identity, None);
         }
         this
     }
 
-    /// One more; one of a name that is watched already is the same process, started again.
-    pub fn add(&mut self, name: String, identity: ProcessIdentity) {
+    /// The first process of that name was started again, and is the same one in the result.
+    pub fn again(&mut self, name: String, identity: ProcessIdentity) {
+        let first = self.tasks.iter().position(|watched| watched.process == name);
+        self.add(name, identity, first);
+    }
+
+    fn add(&mut self, process: String, identity: ProcessIdentity, continues: Option<usize>) {
         let (stop, began) = (self.stop.clone(), self.began);
-        self.tasks.push(tokio::spawn(watch(name, identity, stop, began)));
+        self.tasks.push(Watched {
+            task: tokio::spawn(watch(process.clone(), identity, stop, began)),
+            process,
+            continues,
+        });
     }
 
     /// What they took up to now; call it before they end.
     pub async fn finish(self) -> Vec<Usage> {
         self.stop.cancel();
         let mut usages: Vec<Usage> = Vec::new();
-        for task in self.tasks {
-            let usage = match task.await {
+        for watched in self.tasks {
+            let usage = match watched.task.await {
                 Ok(usage) => usage,
                 Err(panic) => std::panic::resume_unwind(panic.into_panic()),
             };
-            match usages.iter_mut().find(|known| known.process == usage.process) {
+            // First lives come before all others.
+            match watched.continues.and_then(|place| usages.get_mut(place)) {
                 Some(before) => before.go_on(usage),
                 None => usages.push(usage),
             }
@@ -101,13 +120,15 @@ pub fn compiler_seconds(pid: i32) -> Option<f64> {
 async fn watch(process: String, identity: ProcessIdentity, stop: CancellationToken, began: Instant) -> Usage {
     let mut usage = Usage {
         process,
+        lives: 1,
         ..Usage::default()
     };
     loop {
         let last = stop.is_cancelled();
-        if identity.is_alive() {
-            usage.sample(identity.pid, began);
+        if !identity.is_alive() {
+            return usage;
         }
+        usage.sample(identity.pid, began);
         if last {
             return usage;
         }
@@ -124,6 +145,7 @@ impl Usage {
         self.peak_kib = self.peak_kib.max(later.peak_kib);
         self.sampled_peak_kib = self.sampled_peak_kib.max(later.sampled_peak_kib);
         self.samples += later.samples;
+        self.lives += later.lives;
         let before = self.cpu_seconds;
         let added = |seconds: f64| seconds + before.unwrap_or_default();
         self.series.extend(later.series.into_iter().map(|moment| Moment {
@@ -139,7 +161,9 @@ impl Usage {
         let resident_kib = kib(&status, "VmRSS:");
         self.sampled_peak_kib = self.sampled_peak_kib.max(resident_kib);
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        self.cpu_seconds = cpu_seconds(&stat).or(self.cpu_seconds);
+        // The one counts ended threads too, in whole ticks; the other is exact.
+        let taken = [cpu_seconds(&stat), scheduled_seconds(pid), self.cpu_seconds];
+        self.cpu_seconds = taken.into_iter().flatten().reduce(f64::max);
         if self.samples.is_multiple_of(PER_MOMENT) {
             self.series.push(Moment {
                 at: began.elapsed().as_secs_f64(),
@@ -149,6 +173,18 @@ impl Usage {
         }
         self.samples += 1;
     }
+}
+
+/// Processor time of the threads that run, in seconds: the first field of each `schedstat`, in nanoseconds.
+fn scheduled_seconds(pid: i32) -> Option<f64> {
+    let of_thread = |task: fs::DirEntry| {
+        // Threads end while the list is read.
+        let stat = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        let nanos: u64 = stat.split_whitespace().next()?.parse().ok()?;
+        Some(nanos as f64 / 1e9)
+    };
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    tasks.flatten().filter_map(of_thread).reduce(|sum, thread| sum + thread)
 }
 
 fn kib(status: &str, field: &str) -> Option<u64> {
@@ -185,6 +221,7 @@ mod tests {
     fn a_process_that_was_started_again_is_one() {
         let life = |at, resident, cpu| Usage {
             process: "relay".to_owned(),
+            lives: 1,
             peak_kib: Some(resident),
             sampled_peak_kib: Some(resident),
             samples: 1,
@@ -211,9 +248,16 @@ mod tests {
     #[tokio::test]
     async fn a_process_that_runs_is_seen() {
         let this = ProcessIdentity::of_self().unwrap();
-        let watch = Watch::over(vec![("test".to_owned(), this)]);
+        let mut watch = Watch::over(vec![
+            ("twice".to_owned(), this.clone()),
+            ("twice".to_owned(), this.clone()),
+        ]);
+        watch.again("twice".to_owned(), this);
         let usages = watch.finish().await;
         assert!(usages[0].peak_kib.unwrap() > 0, "{usages:?}");
-        assert!(usages[0].cpu_seconds.is_some(), "{usages:?}");
+        assert!(usages[0].cpu_seconds.unwrap() > 0.0, "{usages:?}");
+        // Two instances are two; what one of them was started again as is not a third.
+        let lives: Vec<u32> = usages.iter().map(|usage| usage.lives).collect();
+        assert_eq!(lives, [2, 1]);
     }
 }

@@ -215,8 +215,14 @@ impl ChangeShipments {
         };
         let (waiting, reply) = Waiting::new(request, permit, self.shared.switch.clone());
         // Nobody is to wait for commerce with somebody else's request.
-        let together = self.shared.switch.of_all().is_none_or(|mode| mode == Mode::Outbox);
-        if together && waiting.request.single().is_some() {
+        let switch = &self.shared.switch;
+        let together = match waiting.request.single() {
+            None => false,
+            Some(Single::New(new, _)) => switch.mode_of(&new.order_id) == Mode::Outbox,
+            // Whose order it is shows when the shipment is locked.
+            Some(Single::Change(_)) => switch.of_all().is_none_or(|mode| mode == Mode::Outbox),
+        };
+        if together {
             self.queue.join(waiting);
         } else {
             self.shared.clone().alone(waiting);
@@ -245,10 +251,10 @@ impl Request {
     fn single(&self) -> Option<Single<'_>> {
         match &self.work {
             Work::Create(new) => match new.as_slice() {
-                [new] => Some(Single::Create(new)),
+                [new] => Some(Single::New(new, Creation::Shipment)),
                 _ => None,
             },
-            Work::AppendOnly(new) => Some(Single::AppendOnly(new)),
+            Work::AppendOnly(new) => Some(Single::New(new, Creation::EventOnly)),
             Work::Change(changes) => match changes.as_slice() {
                 [change] => Some(Single::Change(change)),
                 _ => None,
@@ -259,9 +265,16 @@ impl Request {
 
 /// [`Work`] on one shipment: what can share a transaction.
 enum Single<'a> {
-    Create(&'a NewShipment),
-    AppendOnly(&'a NewShipment),
+    New(&'a NewShipment, Creation),
     Change(&'a Change),
+}
+
+/// What a creation writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Creation {
+    Shipment,
+    /// Nothing beside the event: of the load test only.
+    EventOnly,
 }
 
 /// What the transaction is to end with.
@@ -269,8 +282,6 @@ enum Ending {
     Commit(Answer, Vec<NewEvent>),
     Replay(Answer),
 }
-
-const TOO_FEW_IDS: ChangeError = ChangeError::Broken("the database gave fewer ids than were asked for");
 
 /// At the places of their requests; `None` for those that are to go alone.
 pub(crate) type Replies = Vec<Option<Result<Reply, ChangeError>>>;
@@ -295,17 +306,16 @@ impl Decisions {
         }
     }
 
-    /// `kept` says whether the shipment is to stand in the table, beside its event.
     fn create(
         &mut self,
         id: i64,
         new: &NewShipment,
-        kept: bool,
+        creation: Creation,
         occasion: &Occasion,
     ) -> Result<Outcome, serde_json::Error> {
         let created = Shipment::create(id, new.clone(), occasion.now);
         self.events.push(announce::new_event(&created, occasion)?);
-        if kept {
+        if creation == Creation::Shipment {
             self.created.push(created.shipment.clone());
         }
         Ok(Outcome::Changed(Box::new(created.shipment)))
@@ -418,7 +428,7 @@ impl Shared {
         for single in open.iter().filter_map(|place| requests[*place].single()) {
             match single {
                 Single::Change(change) => drop(ids.insert(change.id)),
-                Single::Create(_) | Single::AppendOnly(_) => new += 1,
+                Single::New(..) => new += 1,
             }
         }
         let ids: Vec<i64> = ids.into_iter().collect();
@@ -430,14 +440,10 @@ impl Shared {
             let request = requests[place];
             let occasion = self.occasion(request.traceparent.clone());
             let outcome = match request.single() {
-                Some(Single::Create(new)) if by_outbox(&new.order_id) => {
-                    let id = new_ids.next().ok_or(TOO_FEW_IDS)?;
-                    decisions.create(id, new, true, &occasion)?
-                }
-                Some(Single::AppendOnly(new)) if by_outbox(&new.order_id) => {
-                    let id = new_ids.next().ok_or(TOO_FEW_IDS)?;
-                    decisions.create(id, new, false, &occasion)?
-                }
+                Some(Single::New(new, creation)) if by_outbox(&new.order_id) => match new_ids.next() {
+                    Some(id) => decisions.create(id, new, creation, &occasion)?,
+                    None => continue,
+                },
                 Some(Single::Change(change)) => match decisions.locked.get(&change.id) {
                     Some(shipment) if by_outbox(&shipment.order_id) => decisions.decide(change, &occasion)?,
                     _ => continue,
@@ -566,10 +572,14 @@ impl Shared {
             }
         }
         let (outcomes, events) = match &request.work {
-            Work::Create(new) => self.create(tx, new, true, request.traceparent.clone()).await?,
+            Work::Create(new) => {
+                self.create(tx, new, Creation::Shipment, request.traceparent.clone())
+                    .await?
+            }
             Work::AppendOnly(new) => {
                 let new = std::slice::from_ref(new);
-                self.create(tx, new, false, request.traceparent.clone()).await?
+                self.create(tx, new, Creation::EventOnly, request.traceparent.clone())
+                    .await?
             }
             Work::Change(changes) => self.change(tx, changes, request.traceparent.clone()).await?,
         };
@@ -587,7 +597,7 @@ impl Shared {
         &self,
         tx: &mut PgTransaction<'_>,
         new: &[NewShipment],
-        kept: bool,
+        creation: Creation,
         traceparent: Option<String>,
     ) -> Result<(Vec<Outcome>, Vec<NewEvent>), ChangeError> {
         let ids = shipments::next_ids(tx, new.len()).await?;
@@ -596,7 +606,7 @@ impl Shared {
         let outcomes = ids
             .into_iter()
             .zip(new)
-            .map(|(id, new)| decisions.create(id, new, kept, &occasion))
+            .map(|(id, new)| decisions.create(id, new, creation, &occasion))
             .collect::<Result<_, _>>()?;
         decisions.write(tx).await?;
         Ok((outcomes, decisions.events))

@@ -1,7 +1,8 @@
 use devstack::process::Process;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::Processes;
+use super::{LOOK_INTERVAL, Processes};
 use crate::{
     cli::PairArgs,
     contender::{self, Running},
@@ -23,11 +24,18 @@ pub(super) async fn kill_in_turn(
 ) -> anyhow::Result<u64> {
     let Some(every) = args.faults_every else { return Ok(0) };
     let mut kills = 0;
+    let mut due = Instant::now() + every;
     loop {
         tokio::select! {
             () = over.cancelled() => return Ok(kills),
-            () = tokio::time::sleep(every) => {}
+            () = tokio::time::sleep(LOOK_INTERVAL) => {}
         }
+        // What ends by itself must not pass for one that was killed.
+        running.check()?;
+        if Instant::now() < due {
+            continue;
+        }
+        due = Instant::now() + every;
         let consumer = args.with == Processes::Pair && kills % 2 == 0;
         running.kill(if consumer { CONSUMER } else { RELAY })?;
         let process = if consumer {
@@ -35,7 +43,7 @@ pub(super) async fn kill_in_turn(
         } else {
             start_relay(args, place).await?
         };
-        watch.add(process.name().to_owned(), process.identity().clone());
+        watch.again(process.name().to_owned(), process.identity().clone());
         running.add(process);
         kills += 1;
     }

@@ -86,7 +86,7 @@ impl Scenario {
                 let shipment = number + 1;
                 match number % 10 {
                     0 => {
-                        // Hot orders, which there are whatever the skew.
+                        // Hot orders, which there are whatever the number of shipments and the skew.
                         let order = 1 + number / 10 % 20;
                         let body = format!(
                             r#"{{"order_id":"L{order}","warehouse":"main","carrier":"Speedy Express","lines":[{{"sku":"1","quantity":1}}]}}"#
@@ -388,7 +388,7 @@ impl Completed {
         })
     }
 
-    /// By the commit times of both transactions: the shipment's row and the event's inbox row are written once more by nobody.
+    /// See [`Scenario::times`] for what they are of.
     async fn take_times(&mut self, owner: &mut PgConnection, scenario: Scenario, plan: Plan) -> anyhow::Result<()> {
         let query = format!(
             "WITH pair AS ({})
@@ -457,14 +457,19 @@ impl Completed {
         }
         if self.answered == args.shipments {
             self.failures
-                .push("the shipments ran out before the time: give more with --shipments".to_owned());
+                .push("the open shipments ran out before the time".to_owned());
         }
         Ok(())
     }
 
     fn judge(&mut self, scenario: Scenario, args: &PairArgs) {
         if scenario == Scenario::Soak {
-            self.failures.extend(stretch::growth(&self.stretches));
+            self.failures.extend(stretch::growth(&self.stretches, &self.usage));
+        }
+        if let Some(every) = args.faults_every.filter(|_| self.kills == 0) {
+            self.failures.push(format!(
+                "no process was killed: the load ended before the first {every:?}"
+            ));
         }
         for (what, rows) in self.checks.iter().filter(|(_, rows)| *rows != 0) {
             self.failures.push(format!("{what}: {rows} rows"));

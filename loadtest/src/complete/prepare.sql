@@ -23,11 +23,14 @@ INSERT INTO commerce.products (sku, name, unit_price, sellable, committed)
 SELECT n::text, 'product ' || n, 10, 1000, coalesce((SELECT sum(quantity) FROM piece WHERE sku = n::text), 0)
   FROM generate_series(1, 77) AS n;
 INSERT INTO commerce.orders (id, customer_id, ordered_on, carrier, ship_name, ship_city, ship_country, status)
-SELECT DISTINCT order_id, 'VINET', current_date, 'Speedy Express', 'a ship', 'a city', 'a country', 'paid' FROM parcel;
+SELECT order_id, 'VINET', current_date, 'Speedy Express', 'a ship', 'a city', 'a country', 'paid'
+  FROM (SELECT order_id FROM parcel UNION SELECT 'L' || n FROM generate_series(1, 20) AS n) AS ordered;
 INSERT INTO commerce.order_lines (order_id, sku, quantity, unit_price)
 SELECT order_id, sku, sum(quantity), 10 FROM piece GROUP BY order_id, sku;
 INSERT INTO commerce.shipments (id, order_id, status, sequence, warehouse, carrier, units, last_event_id, last_event_type, last_event_at)
 SELECT p.id::text, p.order_id, 'open', 1, 'main', 'Speedy Express', (SELECT sum(quantity) FROM piece WHERE piece.id = p.id),
        gen_random_uuid(), 'ShipmentCreated', now()
   FROM parcel AS p;
+-- What is created from now on has all of its events, and what stands here all but the first.
+CREATE TABLE public.prepared AS SELECT max(id) AS last FROM parcel;
 DROP TABLE parcel, piece;

@@ -7,7 +7,7 @@ use crate::{latency::Quantiles, load, usage::Usage};
 
 /// Parts of the time.
 const STRETCHES: usize = 10;
-/// By what share a process may be larger in the last part than in the third, when it has seen everything.
+/// By what share a process may be larger in the last part than in the third, when the load has met every path of it.
 const GROWTH: f64 = 0.2;
 /// Which part that is, counted from 0.
 const SETTLED: usize = 2;
@@ -30,17 +30,19 @@ pub struct Stretch {
 /// # Errors
 /// Never in practice: all histograms have the same bounds.
 pub(super) fn of(seconds: &[load::Second]) -> anyhow::Result<Vec<Stretch>> {
-    let length = seconds.len().div_ceil(STRETCHES).max(1);
-    let stretch = |(number, seconds): (usize, &[load::Second])| {
+    let count = seconds.len().min(STRETCHES);
+    let bound = |number: usize| number * seconds.len() / count;
+    let stretch = |number: usize| {
+        let (from, to) = (bound(number), bound(number + 1));
         Ok(Stretch {
-            from: number * length,
-            to: number * length + seconds.len(),
-            response: Quantiles::of(&sum(seconds.iter().map(|second| &second.response))?),
+            from,
+            to,
+            response: Quantiles::of(&sum(seconds[from..to].iter().map(|second| &second.response))?),
             applied: None,
             resident_kib: Vec::new(),
         })
     };
-    seconds.chunks(length).enumerate().map(stretch).collect()
+    (0..count).map(stretch).collect()
 }
 
 pub(super) fn note_applied(stretches: &mut [Stretch], by_second: &[Histogram<u64>]) -> anyhow::Result<()> {
@@ -71,18 +73,26 @@ pub(super) fn note_memory(stretches: &mut [Stretch], usages: &[Usage], warm_up: 
     }
 }
 
-/// Processes that keep growing, in words.
-pub(super) fn growth(stretches: &[Stretch]) -> Vec<String> {
-    let (Some(settled), Some(last)) = (stretches.get(SETTLED), stretches.last()) else {
-        return Vec::new();
+/// Processes that keep growing, in words. One that was started again has no past to be compared with.
+pub(super) fn growth(stretches: &[Stretch], usages: &[Usage]) -> Vec<String> {
+    let of = |stretch: Option<&Stretch>, process: &str| {
+        let known = stretch?.resident_kib.iter().find(|(other, _)| other == process)?;
+        Some(known.1 as f64 / 1024.0)
     };
-    let grown = |(process, before): &(String, u64)| {
-        let (_, after) = last.resident_kib.iter().find(|(other, _)| other == process)?;
-        let mib = |kib: u64| kib as f64 / 1024.0;
-        (*after as f64 > *before as f64 * (1.0 + GROWTH))
-            .then(|| format!("{process} has grown from {:.1} to {:.1} MiB", mib(*before), mib(*after)))
+    let grown = |usage: &Usage| {
+        let process = &usage.process;
+        let (before, after) = (of(stretches.get(SETTLED), process), of(stretches.last(), process));
+        match before.zip(after) {
+            None => Some(format!("the memory of {process} is not known")),
+            Some((before, after)) => (after > before * (1.0 + GROWTH))
+                .then(|| format!("{process} has grown from {before:.1} to {after:.1} MiB")),
+        }
     };
-    settled.resident_kib.iter().filter_map(grown).collect()
+    usages
+        .iter()
+        .filter(|usage| usage.lives == 1)
+        .filter_map(grown)
+        .collect()
 }
 
 #[cfg(test)]
@@ -110,8 +120,9 @@ mod tests {
             let stretches = of(&seconds(count)).unwrap();
             stretches.iter().map(|stretch| (stretch.from, stretch.to)).collect()
         };
-        assert_eq!(bounds(25).len(), 9);
-        assert_eq!(bounds(25)[8], (24, 25));
+        assert_eq!(bounds(25).len(), 10);
+        assert_eq!(bounds(25)[..2], [(0, 2), (2, 5)]);
+        assert_eq!(bounds(25)[9], (22, 25));
         assert_eq!(bounds(3), [(0, 1), (1, 2), (2, 3)]);
         assert_eq!(bounds(0), []);
         let stretches = of(&seconds(20)).unwrap();
@@ -121,8 +132,9 @@ mod tests {
 
     #[test]
     fn a_process_that_keeps_growing_is_named() {
-        let usage = |name: &str, per_second: u64| Usage {
+        let usage = |name: &str, per_second: u64, lives| Usage {
             process: name.to_owned(),
+            lives,
             series: (0..15)
                 .map(|at| Moment {
                     at: at as f64,
@@ -133,16 +145,19 @@ mod tests {
             ..Usage::default()
         };
         let mut stretches = of(&seconds(10)).unwrap();
-        note_memory(
-            &mut stretches,
-            &[usage("steady", 10), usage("leaking", 1_024)],
-            Duration::from_secs(5),
-        );
+        let usages = [
+            usage("steady", 10, 1),
+            usage("leaking", 1_024, 1),
+            usage("killed", 1_024, 2),
+        ];
+        note_memory(&mut stretches, &usages, Duration::from_secs(5));
         assert_eq!(
             stretches[0].resident_kib[1],
             ("leaking".to_owned(), 15_360),
             "the warm-up is left out"
         );
-        assert_eq!(growth(&stretches), ["leaking has grown from 17.0 to 24.0 MiB"]);
+        assert_eq!(growth(&stretches, &usages), ["leaking has grown from 17.0 to 24.0 MiB"]);
+        let unseen = [usage("unseen", 0, 1)];
+        assert_eq!(growth(&stretches, &unseen), ["the memory of unseen is not known"]);
     }
 }

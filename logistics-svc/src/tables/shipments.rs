@@ -44,15 +44,22 @@ pub struct Filter {
     pub order_id: Option<String>,
 }
 
-/// Numbers for shipments about to be inserted, rising.
+/// Numbers for shipments about to be inserted, rising; as many as asked for.
 pub async fn next_ids(tx: &mut PgTransaction<'_>, count: usize) -> Result<Vec<i64>, sqlx::Error> {
     if count == 0 {
         return Ok(Vec::new());
     }
-    sqlx::query_scalar("SELECT nextval('logistics.shipments_id_seq') FROM generate_series(1, $1)")
+    let ids = sqlx::query_scalar("SELECT nextval('logistics.shipments_id_seq') FROM generate_series(1, $1)")
         .bind(i64::try_from(count).unwrap_or(i64::MAX))
         .fetch_all(&mut **tx)
-        .await
+        .await?;
+    if ids.len() < count {
+        return Err(sqlx::Error::Protocol(format!(
+            "{} numbers for {count} shipments",
+            ids.len()
+        )));
+    }
+    Ok(ids)
 }
 
 pub async fn insert(tx: &mut PgTransaction<'_>, shipments: &[Shipment]) -> Result<(), sqlx::Error> {
