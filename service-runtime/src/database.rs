@@ -2,7 +2,7 @@ use std::{str::FromStr, time::Duration};
 
 use clap::Args;
 use sqlx::{
-    ConnectOptions, Executor,
+    ConnectOptions, Connection, PgConnection,
     postgres::{PgConnectOptions, PgPool, PgPoolOptions},
 };
 
@@ -79,10 +79,24 @@ pub fn pool(application: &str, url: &Secret, settings: &PoolSettings) -> Result<
         // connection next would work inside it, unseen by anybody else (HAZARDS H3, transact-rs/sqlx 4385).
         .after_release(|connection, _| {
             Box::pin(async move {
-                let rolled_back = tokio::time::timeout(RETURN_LIMIT, connection.execute("ROLLBACK")).await;
+                let outside = tokio::time::timeout(RETURN_LIMIT, is_outside_transaction(connection)).await;
                 // Without an answer it is closed: a server that vanished must not keep a place in the pool.
-                rolled_back.map_or(Ok(false), |result| result.map(|_| true))
+                outside.unwrap_or(Ok(false))
             })
         })
         .connect_lazy_with(connect_options(application, url, settings)?))
+}
+
+/// Asks the server, because the driver does not know. A ROLLBACK would cure the connection, and have the server log a warning
+/// for each one that was well: it says that there is no transaction in progress.
+///
+/// # Errors
+/// If the server says no, as it does in a transaction that has failed.
+async fn is_outside_transaction(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    match connection.begin_with("SELECT").await {
+        // The server is in no transaction after the statement.
+        Err(sqlx::Error::BeginFailed) => Ok(true),
+        Ok(_in_one) => Ok(false),
+        Err(error) => Err(error),
+    }
 }

@@ -1,6 +1,7 @@
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
+use devstack::database::LOGISTICS;
 use serde_json::json;
 use tokio::{
     io::AsyncWriteExt,
@@ -8,7 +9,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::service::{TestService, http_settings, json_request, new_shipment, request, send};
+use crate::service::{TestService, http_settings, json_request, new_shipment, pool_of, request, send, test_database};
 
 /// Every creation that is acknowledged is there for others to see, whatever was cancelled before it on the same pool.
 async fn assert_acknowledged_means_visible(service: &TestService) {
@@ -64,6 +65,25 @@ async fn h3_two_thousand_cancelled_requests_leave_no_open_transaction_and_no_inv
     service.changes.drain().await;
     service.assert_no_open_transaction().await;
     service.assert_events_match_shipments().await;
+}
+
+/// Also of one whose transaction has failed; and one that is well is lent again.
+#[tokio::test(flavor = "multi_thread")]
+async fn h3_a_connection_that_comes_back_inside_a_transaction_is_not_lent_again() {
+    let database = test_database().await.unwrap();
+    let pool = pool_of(1, &database.url_for(LOGISTICS).unwrap()).unwrap();
+    let number = "SELECT pg_backend_pid()";
+    let mut before: i32 = sqlx::query_scalar(number).fetch_one(&pool).await.unwrap();
+    for (statement, is_lent_again) in [("SELECT 1", true), ("BEGIN", false), ("BEGIN; SELECT 1 / 0", false)] {
+        let mut connection = pool.acquire().await.unwrap();
+        let executed = sqlx::raw_sql(statement).execute(&mut *connection).await;
+        assert_eq!(executed.is_err(), statement.ends_with('0'), "{statement}: {executed:?}");
+        drop(connection);
+        let after: i32 = sqlx::query_scalar(number).fetch_one(&pool).await.unwrap();
+        assert_eq!(after == before, is_lent_again, "{statement}");
+        before = after;
+    }
+    pool.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -107,8 +107,13 @@ pub(crate) fn http_settings() -> HttpSettings {
 }
 
 pub(crate) fn service_pool(url: &str) -> anyhow::Result<PgPool> {
+    pool_of(8, url)
+}
+
+/// As the service makes it.
+pub(crate) fn pool_of(connections: u32, url: &str) -> anyhow::Result<PgPool> {
     let settings = PoolSettings {
-        database_max_connections: 8,
+        database_max_connections: connections,
         database_acquire_timeout: Duration::from_secs(20),
         database_statement_timeout: Duration::from_secs(20),
     };
