@@ -1,5 +1,6 @@
-# One image with both services. `docker build -t shipments:local .`, or `docker compose build`.
-# Needs no BuildKit: what is compiled once is kept in layers.
+# One image with both services, and one more with the load test beside them (`--target load`).
+# `docker build --target services -t shipments:local .`, or `docker compose build`. Needs no BuildKit: what is compiled once is kept
+# in layers.
 
 # What decides which dependencies are compiled: manifests, the lock file and vendor/, with empty crates in place of ours.
 FROM rust:1.95-slim-bookworm AS manifests
@@ -25,7 +26,7 @@ RUN find . -path ./vendor -prune -o -path ./target -prune -o -type f -exec touch
  && cargo build --release --locked --workspace --bin logistics-svc --bin commerce-consumer \
  && strip --strip-debug target/release/logistics-svc target/release/commerce-consumer
 
-FROM debian:bookworm-slim
+FROM debian:bookworm-slim AS services
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates libssl3 zlib1g \
  && rm -rf /var/lib/apt/lists/* \
@@ -41,3 +42,18 @@ HEALTHCHECK --interval=2s --timeout=3s --start-period=30s --retries=5 CMD ["read
 # SIGTERM drains for up to SHUTDOWN_DEADLINE (25 s): give a container more than that before it is killed.
 STOPSIGNAL SIGTERM
 CMD ["logistics-svc", "all"]
+
+FROM build AS build-load
+RUN cargo build --release --locked --workspace --bin loadtest \
+ && strip --strip-debug target/release/loadtest
+
+# For profile `load`. It starts the services that it measures itself, so they are in its image.
+FROM services AS load
+COPY --from=build-load /source/target/release/loadtest /usr/local/bin/
+HEALTHCHECK NONE
+WORKDIR /results
+ENTRYPOINT ["loadtest"]
+CMD ["--help"]
+
+# What a build without --target gives.
+FROM services

@@ -418,8 +418,9 @@ pub enum Path {
 #[derive(Debug, Clone, Args)]
 pub struct StackArgs {
     /// `own` starts PostgreSQL and Kafka for this run; `environment` uses those of TEST_DATABASE_URL, KAFKA_BROKERS and
-    /// TEST_ROLE_PASSWORD, as `./dev env` prints them.
-    #[arg(long, value_enum, default_value_t = Where::Own)]
+    /// TEST_ROLE_PASSWORD, as `./dev env` prints them. Where the roles have different passwords: LOGISTICS_PASSWORD, RELAY_PASSWORD
+    /// and COMMERCE_PASSWORD.
+    #[arg(long, value_enum, env = "LOADTEST_SERVERS", default_value_t = Where::Own)]
     pub servers: Where,
     /// Partitions of each topic.
     #[arg(long, value_name = "COUNT", default_value = "12", value_parser = clap::value_parser!(i32).range(1..=1_000))]
@@ -430,10 +431,13 @@ pub struct StackArgs {
     /// Give up when nothing has moved for this long.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
     pub patience: Duration,
-    /// The JSON file; by default `loadtest/<command>-<time>.json` in the build's target folder. A report with pictures stands beside
-    /// it, as `.html`.
+    /// The JSON file; by default `<command>-<time>.json` in the folder of the results. A report with pictures stands beside it, as
+    /// `.html`.
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// The folder of the results; by default `loadtest` in the build's target folder.
+    #[arg(long, value_name = "DIR", env = "LOADTEST_RESULTS")]
+    pub results: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Args)]

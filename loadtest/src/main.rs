@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     time::Duration,
 };
@@ -16,7 +16,7 @@ use devstack::{
 use loadtest::{
     cli::{
         Cli, Command, Consumer, ConsumerArgs, CostArgs, DrainArgs, FailureArgs, KafkaArgs, LatencyArgs, Mode, PairArgs,
-        Peer,
+        Peer, StackArgs,
     },
     complete::{self, Processes, Scenario, pgbench},
     conditions::Conditions,
@@ -146,11 +146,7 @@ async fn measure_drain(args: &DrainArgs, made: &mut Made, progress: &Progress) -
         results,
         ratios,
     };
-    publish(
-        &report,
-        &report::drain_text(&report),
-        args.common.stack.output.as_deref(),
-    )?;
+    publish(&report, &report::drain_text(&report), &args.common.stack)?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 
@@ -201,11 +197,7 @@ async fn measure_latency(args: &LatencyArgs, made: &mut Made, progress: &Progres
         results,
         ratios,
     };
-    publish(
-        &report,
-        &report::latency_text(&report),
-        args.common.stack.output.as_deref(),
-    )?;
+    publish(&report, &report::latency_text(&report), &args.common.stack)?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 
@@ -254,7 +246,7 @@ async fn measure_pair(
         ratios,
     };
     let text = report::complete_text(&report, peer.as_ref(), baseline.as_ref());
-    let path = publish(&report, &text, args.stack.output.as_deref())?;
+    let path = publish(&report, &text, &args.stack)?;
     let page = path.with_extension("html");
     html::write(&page, &report, &text, met)?;
     io::stdout().write_all(format!("the report: {}\n", page.display()).as_bytes())?;
@@ -294,7 +286,7 @@ async fn measure_consumer(args: &ConsumerArgs, made: &mut Made, progress: &Progr
         results,
         ratios,
     };
-    publish(&report, &report::consumer_text(&report), args.stack.output.as_deref())?;
+    publish(&report, &report::consumer_text(&report), &args.stack)?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 
@@ -316,7 +308,7 @@ async fn measure_failures(args: &FailureArgs, made: &mut Made, progress: &Progre
         results,
         ratios: Vec::new(),
     };
-    publish(&report, &report::failure_text(&report), args.stack.output.as_deref())?;
+    publish(&report, &report::failure_text(&report), &args.stack)?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 
@@ -332,11 +324,7 @@ async fn measure_kafka(args: &KafkaArgs, made: &mut Made, progress: &Progress) -
         ratios: report::kafka_ratios(&carried),
         results: vec![carried],
     };
-    publish(
-        &report,
-        &report::kafka_text(&report, args.bytes),
-        args.stack.output.as_deref(),
-    )?;
+    publish(&report, &report::kafka_text(&report, args.bytes), &args.stack)?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 
@@ -352,15 +340,15 @@ async fn measure_cost(args: &CostArgs, made: &mut Made, progress: &Progress) -> 
         results,
         ratios: Vec::new(),
     };
-    publish(&report, &report::cost_text(&report), args.stack.output.as_deref())?;
+    publish(&report, &report::cost_text(&report), &args.stack)?;
     Ok(if met { Exit::Done } else { NOT_MET })
 }
 
 /// Says where the figures are.
-fn publish<T: Serialize>(report: &Report<T>, text: &str, output: Option<&Path>) -> anyhow::Result<PathBuf> {
-    let path = match output {
-        Some(path) => path.to_owned(),
-        None => report::default_path(report.kind)?,
+fn publish<T: Serialize>(report: &Report<T>, text: &str, args: &StackArgs) -> anyhow::Result<PathBuf> {
+    let path = match &args.output {
+        Some(path) => path.clone(),
+        None => report::default_path(report.kind, args.results.as_deref())?,
     };
     report.write(&path)?;
     io::stdout().write_all(format!("{text}all figures: {}\n", path.display()).as_bytes())?;

@@ -52,19 +52,22 @@ impl<T: Serialize> Report<T> {
     }
 }
 
-/// `target/loadtest/drain-20261122T101500Z.json` for a program in `target/release`.
+/// `drain-20261122T101500Z.json` in the folder, which is `target/loadtest` for a program in `target/release` if none is given.
 ///
 /// # Errors
 /// If this program's own path is not known.
-pub fn default_path(kind: &str) -> anyhow::Result<PathBuf> {
-    let program = std::env::current_exe().context("find this program")?;
-    let target = program
-        .parent()
-        .and_then(Path::parent)
-        .context("find the build's target folder")?;
+pub fn default_path(kind: &str, folder: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let folder = match folder {
+        Some(folder) => folder.to_owned(),
+        None => {
+            let program = std::env::current_exe().context("find this program")?;
+            let target = program.parent().and_then(Path::parent);
+            target.context("find the build's target folder")?.join("loadtest")
+        }
+    };
     let format = format_description!("[year][month][day]T[hour][minute][second]Z");
     let time = OffsetDateTime::now_utc().format(format).context("write the time")?;
-    Ok(target.join("loadtest").join(format!("{kind}-{time}.json")))
+    Ok(folder.join(format!("{kind}-{time}.json")))
 }
 
 /// Each contender's rate over each peer's.

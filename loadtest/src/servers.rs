@@ -1,8 +1,8 @@
-use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
+use std::{collections::HashMap, env, fs, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use devstack::{
-    database,
+    database::{self, COMMERCE, LOGISTICS, RELAY},
     failure::{Exit, Failure},
     java::Java,
     kafka::{Kafka, KafkaOptions, Tuning},
@@ -28,11 +28,25 @@ const WARM_UP_PARTITIONS: i32 = 12;
 /// dropped.
 pub struct Servers {
     superuser: Url,
-    role_password: String,
+    passwords: Passwords,
     pub brokers: String,
     pub whose: &'static str,
     _own: Option<Own>,
 }
+
+/// Of the three roles that the services log in with.
+enum Passwords {
+    Same(String),
+    /// By role.
+    Each(HashMap<&'static str, String>),
+}
+
+/// The roles, and where docker-compose.yml has their passwords.
+const PASSWORDS: [(&str, &str); 3] = [
+    (LOGISTICS, "LOGISTICS_PASSWORD"),
+    (RELAY, "RELAY_PASSWORD"),
+    (COMMERCE, "COMMERCE_PASSWORD"),
+];
 
 /// In the order in which they must go: processes before their files.
 struct Own {
@@ -53,7 +67,7 @@ impl Servers {
 
     fn from_environment() -> anyhow::Result<Self> {
         let variable = |name: &str| {
-            std::env::var(name).map_err(|_| {
+            env::var(name).map_err(|_| {
                 Failure::new(
                     Exit::Usage,
                     format!("--servers environment needs {name}, which is not set"),
@@ -64,7 +78,10 @@ impl Servers {
         let url = variable(TEST_DATABASE_URL)?;
         Ok(Self {
             superuser: Url::parse(&url).with_context(|| format!("{TEST_DATABASE_URL} is not a URL"))?,
-            role_password: variable(ROLE_PASSWORD)?,
+            passwords: match variable(ROLE_PASSWORD) {
+                Ok(password) => Passwords::Same(password),
+                Err(absent) => Passwords::of_each().ok_or(absent)?,
+            },
             brokers: variable(KAFKA_BROKERS)?,
             whose: "environment",
             _own: None,
@@ -119,7 +136,7 @@ impl Servers {
         });
         Ok(Self {
             superuser,
-            role_password,
+            passwords: Passwords::Same(role_password),
             brokers: kafka.brokers(),
             whose: "own",
             _own: Some(Own {
@@ -140,13 +157,26 @@ impl Servers {
     /// The URL of a database for one of the services' roles.
     ///
     /// # Errors
-    /// If the server's URL has no place for a login.
+    /// If the server's URL has no place for a login, or the role is none of the services'.
     pub fn role_url(&self, role: &str, database: &str) -> anyhow::Result<Url> {
+        let password = match &self.passwords {
+            Passwords::Same(password) => password,
+            Passwords::Each(passwords) => passwords.get(role).with_context(|| format!("the password of {role}"))?,
+        };
         let mut url = self.owner_url(database);
         url.set_username(role)
-            .and_then(|()| url.set_password(Some(&self.role_password)))
+            .and_then(|()| url.set_password(Some(password)))
             .map_err(|()| anyhow::anyhow!("the URL of PostgreSQL has no place for a login"))?;
         Ok(url)
+    }
+}
+
+impl Passwords {
+    /// `None` unless the environment has all three.
+    fn of_each() -> Option<Self> {
+        let passwords = PASSWORDS.map(|(role, variable)| Some((role, env::var(variable).ok()?)));
+        let passwords: Option<HashMap<_, _>> = passwords.into_iter().collect();
+        passwords.map(Self::Each)
     }
 }
 
@@ -165,7 +195,7 @@ fn scratch_dir() -> anyhow::Result<TempDir> {
 /// # Errors
 /// If it is not there.
 pub fn program(name: &str) -> anyhow::Result<PathBuf> {
-    let this = std::env::current_exe().context("find this program")?;
+    let this = env::current_exe().context("find this program")?;
     let path = this.with_file_name(name);
     if !path.is_file() {
         return Err(Failure::new(

@@ -9,7 +9,8 @@ use clap::Parser;
     before_help = "\
 Examples:
   ./dev compose-check                      everything, also where no image can be pulled
-  ./dev compose-check --prebuilt --cache   with the binaries in target/release, and images kept for the next time",
+  ./dev compose-check --prebuilt --cache   with the binaries in target/release, and images kept for the next time
+  ./dev compose-check --load               and a short load test from its own container at the end",
     after_help = "\
 An image that can be pulled is pulled. For one that cannot, a stand-in is made under the same name: from debootstrap, Debian
 packages, this machine's Rust toolchain and crates, and the servers that ./dev fetches through Maven. A Docker engine that
@@ -26,6 +27,9 @@ pub(crate) struct Cli {
     /// Let Debezium publish (profile `debezium`), and kill it as well.
     #[arg(long)]
     pub(crate) debezium: bool,
+    /// Build the image of profile `load` as well, and run a short load test in it at the end.
+    #[arg(long)]
+    pub(crate) load: bool,
     /// How often each container is killed.
     #[arg(long, value_name = "COUNT", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) rounds: u32,

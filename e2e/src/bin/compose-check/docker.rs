@@ -184,10 +184,11 @@ impl Docker {
         size.parse().with_context(|| format!("the size of {image}: {size}"))
     }
 
-    /// Builds from a directory. The packages that a build installs come by the machine's own network.
+    /// Builds from a directory, the last stage unless one is named. The packages that a build installs come by the machine's own network.
     pub(crate) async fn build(
         &self,
         image: &str,
+        stage: Option<&str>,
         dockerfile: &Path,
         context: &Path,
         deadline: Duration,
@@ -197,6 +198,9 @@ impl Docker {
             if std::env::var_os(proxy).is_some() {
                 build.args(["--build-arg", proxy]);
             }
+        }
+        if let Some(stage) = stage {
+            build.args(["--target", stage]);
         }
         build.arg("--file").arg(dockerfile).arg(context);
         self.run(&format!("docker build of {image}"), build, deadline).await?;

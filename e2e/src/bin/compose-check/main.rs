@@ -137,7 +137,7 @@ async fn check(cli: &Cli, root: &Path, made: &mut Made, progress: &Progress) -> 
         .test_rules(stand_ins::PROMETHEUS, &root.join("compose/prometheus"))
         .await?;
     step.done("each alert fires when it should");
-    image::build(docker, root, &contexts, cli.prebuilt, progress).await?;
+    image::build(docker, root, &contexts, cli, progress).await?;
 
     let project = made
         .project
@@ -177,6 +177,9 @@ async fn check(cli: &Cli, root: &Path, made: &mut Made, progress: &Progress) -> 
     let step = progress.step("waiting for the last event");
     ledger::quiet(&owner, QUIET).await?;
     step.done("every event has arrived");
+    if cli.load {
+        project.load(progress).await?;
+    }
     let topics = GroupTopics::new(SHIPMENTS, COMMERCE_GROUP);
     let ledger = ledger::check_at(&project.brokers(), &topics, &owner, &promises).await?;
     let verdict = if ledger.is_clean() {

@@ -31,8 +31,21 @@ const NAME: &str = "compose-check";
 const SERVICES: [&str; 5] = ["relay", "commerce", "api", "kafka", "postgres"];
 const DEBEZIUM: &str = "debezium";
 
+/// Enough to see that everything in the container finds everything it needs.
+const LOAD: [&str; 8] = [
+    "outbox",
+    "--rate=50",
+    "--duration=10s",
+    "--warm-up=5s",
+    "--connections=8",
+    "--shipments=2000",
+    "--partitions=3",
+    "--output=/tmp/load.json",
+];
+
 const UP_DEADLINE: Duration = Duration::from_secs(5 * 60);
 const HEALTHY_DEADLINE: Duration = Duration::from_secs(3 * 60);
+const LOAD_DEADLINE: Duration = Duration::from_secs(5 * 60);
 const DOWN_DEADLINE: Duration = Duration::from_secs(5 * 60);
 const POLL: Duration = Duration::from_millis(100);
 
@@ -185,6 +198,19 @@ impl Project {
         }
     }
 
+    /// The load test in its container, on the servers of the others.
+    ///
+    /// # Errors
+    /// If it ends with anything but 0; its output is in the log.
+    pub(crate) async fn load(&self, progress: &Progress) -> anyhow::Result<()> {
+        let step = progress.step("running the load test in its container");
+        let mut load = self.compose();
+        load.args(["run", "--rm", "load"]).args(LOAD);
+        self.run("docker compose run load", load, LOAD_DEADLINE).await?;
+        step.done("the load test has accounted for every event");
+        Ok(())
+    }
+
     /// Containers, network and volumes.
     pub(crate) async fn down(&self) -> anyhow::Result<()> {
         let mut down = self.compose();
@@ -240,6 +266,7 @@ impl Project {
             .envs(ports.map(|(name, port)| (name, port.to_string())))
             .envs([
                 ("IMAGE", image::NAME),
+                ("LOAD_IMAGE", image::LOAD_NAME),
                 ("OWNER_PASSWORD", password),
                 ("LOGISTICS_PASSWORD", password),
                 ("RELAY_PASSWORD", password),

@@ -113,7 +113,7 @@ impl Maker<'_> {
             self.fill(image).await?;
             let dockerfile = self.context.join("Dockerfile");
             self.docker
-                .build(image.name(), &dockerfile, &self.context, DEADLINE)
+                .build(image.name(), None, &dockerfile, &self.context, DEADLINE)
                 .await?;
         }
         fs::remove_dir_all(&self.context).with_context(|| format!("remove {}", self.context.display()))
