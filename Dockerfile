@@ -1,6 +1,6 @@
 # One image with both services, and one more with the load test beside them (`--target load`).
-# `docker build --target services -t shipments:local .`, or `docker compose build`. Needs no BuildKit: what is compiled once is kept
-# in layers.
+# `docker build --target services -t shipments:local .`, or `docker compose build`. Needs no BuildKit: what the services
+# need of others is compiled once and kept in layers.
 
 # What decides which dependencies are compiled: manifests, the lock file and vendor/, with empty crates in place of ours.
 FROM rust:1.95-slim-bookworm AS manifests

@@ -22,7 +22,7 @@ use crate::{
     announce::{self, Occasion},
     fault::{self, Fault},
     flag::Mode,
-    group_commit::{self, Kept, Queue, Waiting},
+    group_commit::{self, Queue, Waiting},
     idempotency::{Answer, IdempotencyKey},
     shipment::{Command, Decision, NewShipment, Refusal, Shipment},
     switch::Switch,
@@ -390,24 +390,14 @@ impl Shared {
     }
 
     /// Requests for one shipment each in one transaction, whose replies stand at their places. `None` for those that cannot go
-    /// with the others. Waits for no other transaction. Without a connection kept it takes one from the pool, and keeps it
-    /// for the next group; after an error the pool gets it back.
+    /// with the others. Waits for no other transaction.
     ///
     /// # Errors
     /// Nothing was changed, or with `OutcomeUnknown` nobody knows.
-    pub(crate) async fn together(
-        &self,
-        kept: &mut Option<Kept>,
-        requests: &[&Request],
-    ) -> Result<Replies, ChangeError> {
-        let mut taken = match kept.take() {
-            Some(kept) => kept,
-            None => Kept::from_now(self.pool.acquire().await?),
-        };
-        let replied = tokio::time::timeout(UNIT_DEADLINE, self.together_on(&mut taken.connection, requests)).await;
-        let replies = replied.unwrap_or_else(|_| Err(give_up(&mut taken.connection)))?;
-        *kept = Some(taken);
-        Ok(replies)
+    pub(crate) async fn together(&self, requests: &[&Request]) -> Result<Replies, ChangeError> {
+        let mut connection = self.pool.acquire().await?;
+        let replied = tokio::time::timeout(UNIT_DEADLINE, self.together_on(&mut connection, requests)).await;
+        replied.unwrap_or_else(|_| Err(give_up(&mut connection)))
     }
 
     async fn together_on(&self, connection: &mut PgConnection, requests: &[&Request]) -> Result<Replies, ChangeError> {

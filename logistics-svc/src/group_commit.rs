@@ -2,7 +2,6 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use shared_events::shipment::MAX_LINES;
-use sqlx::{Postgres, pool::PoolConnection};
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc, oneshot},
     time::Instant,
@@ -26,18 +25,6 @@ const PATIENCE: Duration = Duration::from_millis(50);
 /// Most requests of a group: together they hold no more in memory than one call may.
 const LARGEST: usize = MAX_LINES_OF_A_CALL / MAX_LINES;
 
-/// How long a connection goes from group to group before the pool gets it back. The pool asks the server three times for each
-/// loan: before, whether it is still there; afterwards, whether it is in no transaction, and again whether it is there.
-/// Short, because meanwhile a request that goes alone may wait for this connection.
-const KEPT_FOR: Duration = Duration::from_millis(100);
-
-/// A connection that has committed a group, and may take the next one.
-#[derive(Debug)]
-pub(crate) struct Kept {
-    pub(crate) connection: PoolConnection<Postgres>,
-    until: Instant,
-}
-
 /// A request, and who waits for its reply.
 #[derive(Debug)]
 pub(crate) struct Waiting {
@@ -53,19 +40,6 @@ pub(crate) struct Waiting {
 pub(crate) struct Queue {
     requests: mpsc::Sender<Waiting>,
     closed: CancellationToken,
-}
-
-impl Kept {
-    pub(crate) fn from_now(connection: PoolConnection<Postgres>) -> Self {
-        Self {
-            connection,
-            until: Instant::now() + KEPT_FOR,
-        }
-    }
-
-    fn is_still(&self) -> bool {
-        Instant::now() < self.until
-    }
 }
 
 impl Waiting {
@@ -123,7 +97,6 @@ pub(crate) fn start(shared: &Arc<Shared>) -> Queue {
 /// Ends when the queue is closed and the last group has its replies.
 async fn gather(shared: Arc<Shared>, mut waiting: mpsc::Receiver<Waiting>, closed: CancellationToken) {
     let mut under_way = FuturesUnordered::new();
-    let mut kept: Vec<Kept> = Vec::new();
     let mut group = Vec::new();
     let mut go_at = Instant::now();
     let mut open = true;
@@ -131,7 +104,7 @@ async fn gather(shared: Arc<Shared>, mut waiting: mpsc::Receiver<Waiting>, close
         let may_join = under_way.len() < MOST_UNDER_WAY && (group.len() >= ENOUGH || go_at <= Instant::now());
         if !group.is_empty() && (under_way.is_empty() || may_join) {
             let group = std::mem::take(&mut group);
-            under_way.push(shared.units.spawn(commit(shared.clone(), group, kept.pop())));
+            under_way.push(shared.units.spawn(commit(shared.clone(), group)));
         }
         let room = LARGEST - group.len();
         let is_new = group.is_empty();
@@ -142,12 +115,10 @@ async fn gather(shared: Arc<Shared>, mut waiting: mpsc::Receiver<Waiting>, close
                     go_at = Instant::now() + PATIENCE;
                 }
             }
-            Some(ended) = under_way.next() => match ended {
-                Ok(connection) => kept.extend(connection),
-                Err(error) => tracing::error!(%error, "a group of requests panicked"),
-            },
-            () = tokio::time::sleep_until(kept.first().map_or(go_at, |kept| kept.until)), if !kept.is_empty() => {
-                kept.retain(Kept::is_still);
+            Some(ended) = under_way.next() => {
+                if let Err(error) = ended {
+                    tracing::error!(%error, "a group of requests panicked");
+                }
             }
             () = tokio::time::sleep_until(go_at), if !is_new && under_way.len() < MOST_UNDER_WAY => {}
             () = closed.cancelled(), if !waiting.is_closed() => waiting.close(),
@@ -155,10 +126,9 @@ async fn gather(shared: Arc<Shared>, mut waiting: mpsc::Receiver<Waiting>, close
     }
 }
 
-/// Returns the connection unless the pool is to look at it first.
-async fn commit(shared: Arc<Shared>, group: Vec<Waiting>, mut kept: Option<Kept>) -> Option<Kept> {
+async fn commit(shared: Arc<Shared>, group: Vec<Waiting>) {
     let requests: Vec<&Request> = group.iter().map(|waiting| &waiting.request).collect();
-    match shared.together(&mut kept, &requests).await {
+    match shared.together(&requests).await {
         Ok(replies) => {
             for (waiting, reply) in group.into_iter().zip(replies) {
                 match reply {
@@ -181,7 +151,6 @@ async fn commit(shared: Arc<Shared>, group: Vec<Waiting>, mut kept: Option<Kept>
             }
         }
     }
-    kept.filter(Kept::is_still)
 }
 
 fn fail_all(group: Vec<Waiting>, error: &sqlx::Error, cause: fn(sqlx::Error) -> ChangeError) {

@@ -141,7 +141,7 @@ async fn check(cli: &Cli, root: &Path, made: &mut Made, progress: &Progress) -> 
 
     let project = made
         .project
-        .insert(Project::new(docker, root, cli.debezium, made.place.log("compose"))?);
+        .insert(Project::new(docker, root, cli.debezium, &made.place)?);
     // Of a check that was killed.
     project.down().await?;
     project.up(progress).await?;

@@ -1,13 +1,14 @@
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     process::Command,
     str::FromStr,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use devstack::{
+    place::Place,
     ports, process,
     progress::{Progress, seconds},
 };
@@ -32,7 +33,7 @@ const SERVICES: [&str; 5] = ["relay", "commerce", "api", "kafka", "postgres"];
 const DEBEZIUM: &str = "debezium";
 
 /// Enough to see that everything in the container finds everything it needs.
-const LOAD: [&str; 8] = [
+const LOAD: [&str; 7] = [
     "outbox",
     "--rate=50",
     "--duration=10s",
@@ -40,7 +41,6 @@ const LOAD: [&str; 8] = [
     "--connections=8",
     "--shipments=2000",
     "--partitions=3",
-    "--output=/tmp/load.json",
 ];
 
 const UP_DEADLINE: Duration = Duration::from_secs(5 * 60);
@@ -54,6 +54,8 @@ pub(crate) struct Project {
     docker: Docker,
     file: PathBuf,
     log: PathBuf,
+    /// Of the load test.
+    reports: PathBuf,
     debezium: bool,
     ports: Ports,
     password: String,
@@ -77,11 +79,12 @@ struct State {
 }
 
 impl Project {
-    pub(crate) fn new(docker: &Docker, root: &Path, debezium: bool, log: PathBuf) -> anyhow::Result<Self> {
+    pub(crate) fn new(docker: &Docker, root: &Path, debezium: bool, place: &Place) -> anyhow::Result<Self> {
         Ok(Self {
             docker: docker.clone(),
             file: root.join("docker-compose.yml"),
-            log,
+            log: place.log("compose"),
+            reports: place.dir().join("load-results"),
             debezium,
             ports: Ports {
                 logistics: ports::reserve()?,
@@ -201,12 +204,23 @@ impl Project {
     /// The load test in its container, on the servers of the others.
     ///
     /// # Errors
-    /// If it ends with anything but 0; its output is in the log.
+    /// If it ends with anything but 0, or writes no report; its output is in the log.
     pub(crate) async fn load(&self, progress: &Progress) -> anyhow::Result<()> {
         let step = progress.step("running the load test in its container");
+        fs::create_dir_all(&self.reports).with_context(|| format!("create {}", self.reports.display()))?;
         let mut load = self.compose();
         load.args(["run", "--rm", "load"]).args(LOAD);
         self.run("docker compose run load", load, LOAD_DEADLINE).await?;
+        let reports = fs::read_dir(&self.reports).context("look for its report")?;
+        let written: Vec<PathBuf> = reports.map(|report| Ok(report?.path())).collect::<io::Result<_>>()?;
+        for kind in ["json", "html"] {
+            let is_one = |path: &PathBuf| path.extension().is_some_and(|extension| extension == kind);
+            ensure!(
+                written.iter().any(is_one),
+                "the load test wrote no .{kind}: {written:?}"
+            );
+        }
+        fs::remove_dir_all(&self.reports).context("remove its report")?;
         step.done("the load test has accounted for every event");
         Ok(())
     }
@@ -246,6 +260,7 @@ impl Project {
 
     fn compose(&self) -> Command {
         let password = self.password.as_str();
+        let reports = self.reports.to_string_lossy();
         let (relay_mode, profiles) = if self.debezium {
             ("external", DEBEZIUM)
         } else {
@@ -267,6 +282,7 @@ impl Project {
             .envs([
                 ("IMAGE", image::NAME),
                 ("LOAD_IMAGE", image::LOAD_NAME),
+                ("LOAD_RESULTS", &reports),
                 ("OWNER_PASSWORD", password),
                 ("LOGISTICS_PASSWORD", password),
                 ("RELAY_PASSWORD", password),
