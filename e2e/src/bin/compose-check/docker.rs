@@ -184,7 +184,8 @@ impl Docker {
         size.parse().with_context(|| format!("the size of {image}: {size}"))
     }
 
-    /// Builds from a directory, the last stage unless one is named. The packages that a build installs come by the machine's own network.
+    /// Builds from a directory, the last stage unless one is named. The packages that a build installs come by the machine's
+    /// own network.
     pub(crate) async fn build(
         &self,
         image: &str,
