@@ -12,7 +12,7 @@ const STREAMED_FROM: usize = 16;
 /// orders take the synchronous path. A wrong guess costs a transaction: no more than one batch in five has one.
 const SURE_AFTER: u32 = 4;
 
-/// What a partition's next events are expected to be. Nothing depends on it but time: the key of the table decides.
+/// What the next events are expected to be. Nothing depends on it but time: the key of the table decides.
 #[derive(Debug, Default)]
 pub(crate) struct Expectation {
     new_in_a_row: AtomicU32,
@@ -29,7 +29,7 @@ impl Expectation {
             .store(if all_new { batches.saturating_add(1) } else { 0 }, Ordering::Relaxed);
     }
 
-    /// A transaction failed, and may have happened all the same.
+    /// A transaction failed, and may have happened all the same; or a partition is new here.
     pub(crate) fn forget(&self) {
         self.learn(false);
     }

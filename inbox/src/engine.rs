@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     assignment::Group,
+    claim::Expectation,
     consumer::{GroupConsumer, consumer_config, poll_until},
     controls::{Controls, Watch},
     dry_run::DryRun,
@@ -35,6 +36,7 @@ use crate::{
     redirect::Redirector,
     release::Releaser,
     retry::{Backoff, Schedule, random_unit},
+    shared_transaction::{SharedTransactions, Sharing},
     status::Status,
     table::Table,
 };
@@ -310,6 +312,7 @@ impl<H: Handler> Engine<H> {
             transaction_limit: settings.transaction_limit,
             consumer_version: settings.consumer_version,
             commits,
+            expectation: Expectation::default(),
             parked: AtomicI64::default(),
             releasing: Notify::new(),
         });
@@ -324,8 +327,16 @@ impl<H: Handler> Engine<H> {
             status: status.clone(),
             admitted: Mutex::default(),
         };
+        let sharing = Sharing {
+            process: Arc::clone(&process),
+            transactions: Arc::clone(&transactions),
+            most_under_way: settings.max_transactions.max(1),
+            batch_limit: settings.batch_limit.max(1),
+            metrics: Arc::clone(&metrics),
+        };
         let workers = Arc::new(Workers {
             process,
+            shared: SharedTransactions::start(sharing),
             group: settings.topics.group().to_owned(),
             batch_limit: settings.batch_limit.max(1),
             join_trace: settings.join_trace,

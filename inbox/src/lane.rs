@@ -5,7 +5,7 @@ use std::sync::{
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{claim::Expectation, queue::Queue, rate_limit::Budget};
+use crate::{queue::Queue, rate_limit::Budget};
 
 const UNKNOWN: i64 = -1;
 
@@ -19,8 +19,6 @@ pub(crate) struct Lane {
     pub(crate) queue: Queue,
     /// Cancelled when the partition is revoked or the engine stops: the batch in flight is the last.
     pub(crate) cancel: CancellationToken,
-    /// Nothing yet: after the assignment, what the last owner had in hand comes again.
-    pub(crate) expectation: Expectation,
     finished: AtomicI64,
     lag: AtomicI64,
     in_hand_ms: AtomicI64,
@@ -34,7 +32,6 @@ impl Lane {
             tier,
             queue: Queue::default(),
             cancel: CancellationToken::new(),
-            expectation: Expectation::default(),
             finished: AtomicI64::new(UNKNOWN),
             lag: AtomicI64::new(UNKNOWN),
             in_hand_ms: AtomicI64::new(UNKNOWN),

@@ -36,6 +36,9 @@ mod queue;
 /// fault.
 mod partition;
 
+/// What a worker has in hand: records, events and their verdicts.
+mod in_hand;
+
 /// Events per second of the whole group, shared by the partitions owned.
 pub mod rate_limit;
 
@@ -47,6 +50,9 @@ mod decode;
 
 /// What a service does with an event: the trait it implements, and what it may answer.
 pub mod handler;
+
+/// Batches of several partitions in one transaction.
+mod shared_transaction;
 
 /// A batch's inbox rows: streamed where all its events are expected to be new.
 mod claim;

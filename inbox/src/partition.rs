@@ -10,6 +10,7 @@ use crate::{
     failure::{Class, classify},
     flood::{Flood, Sign},
     handler::{Handler, IncomingEvent, Outcome, Position, Reason},
+    in_hand::InHand,
     lane::Lane,
     metrics::Metrics,
     ordering::Verdict,
@@ -18,6 +19,7 @@ use crate::{
     record::Record,
     redirect::{Letter, Outgoing, Redirector, Undelivered},
     retry::{Backoff, Step, random_unit},
+    shared_transaction::{Gone, SharedTransactions},
     status::Status,
     table::Failed,
 };
@@ -30,6 +32,7 @@ pub(crate) struct Workers<H> {
     pub(crate) join_trace: fn(&Span, &str),
     /// How many transactions may be open at once, over all partitions.
     pub(crate) transactions: Arc<Semaphore>,
+    pub(crate) shared: SharedTransactions,
     pub(crate) limits: RateLimits,
     pub(crate) redirector: Arc<Redirector>,
     pub(crate) flood: Arc<Flood>,
@@ -40,25 +43,24 @@ pub(crate) struct Workers<H> {
 /// The partition was taken away or the engine stops; what is in hand stays unfinished and comes again elsewhere.
 struct Cancelled;
 
+impl From<Gone> for Cancelled {
+    /// A worker that ends without having been told to ends the engine.
+    fn from(_: Gone) -> Self {
+        Self
+    }
+}
+
 /// Leave for a batch to be in a transaction. Given back while the batch waits for the platform, so that others go on.
 struct Leave {
     count: u32,
     permit: Option<Permit>,
 }
 
-/// Records in hand, and the attempts behind each. `events[i]` was decoded from `records[places[i]]`; the others have their
-/// verdict already.
-struct InHand {
-    records: Vec<Record>,
-    histories: Vec<History>,
-    verdicts: Vec<Verdict>,
-    events: Vec<IncomingEvent>,
-    places: Vec<usize>,
-}
-
 impl<H: Handler> Workers<H> {
     /// Works until the lane is cancelled.
     pub(crate) async fn work(self: Arc<Self>, lane: Arc<Lane>) {
+        // What the last owner had in hand comes again.
+        self.process.expectation.forget();
         while let Some((records, permit)) = self.next(&lane).await {
             lane.take_in_hand(records.first().and_then(|record| record.timestamp_ms));
             let finished = self.handle(&lane, records, permit).await;
@@ -101,8 +103,13 @@ impl<H: Handler> Workers<H> {
             permit: Some(permit),
         };
         let mut took_effect = vec![false; in_hand.records.len()];
+        // What comes out of a retry topic has failed before, and would take the others with it.
+        let shares = lane.tier.is_none() && !in_hand.events.is_empty();
+        let mut judged = shares && self.shared.apply(&mut in_hand).await?;
         loop {
-            self.apply(lane, &mut leave, &mut in_hand).await?;
+            if !std::mem::take(&mut judged) {
+                self.apply(lane, &mut leave, &mut in_hand).await?;
+            }
             for (took_effect, verdict) in took_effect.iter_mut().zip(&in_hand.verdicts) {
                 *took_effect |= *verdict == Verdict::Applied;
             }
@@ -206,14 +213,12 @@ impl<H: Handler> Workers<H> {
     /// One for which there is no room to wait is put off, and so is what comes after it of its key: the rest of the batch may
     /// be what settles the keys that fill the table.
     async fn apply(&self, lane: &Lane, leave: &mut Leave, in_hand: &mut InHand) -> Result<(), Cancelled> {
-        let of_places = |place: &usize| &in_hand.records[*place];
-        let records: Vec<&Record> = in_hand.places.iter().map(of_places).collect();
-        let histories: Vec<&History> = in_hand.places.iter().map(|place| &in_hand.histories[*place]).collect();
+        let records: Vec<&Record> = in_hand.records_of_events().collect();
+        let histories: Vec<&History> = in_hand.histories_of_events().collect();
         let batch = Batch {
             events: &in_hand.events,
             records: &records,
             histories: &histories,
-            expectation: &lane.expectation,
         };
         let mut verdicts = vec![None; in_hand.events.len()];
         let mut put_off: Vec<usize> = Vec::new();
@@ -286,11 +291,8 @@ impl<H: Handler> Workers<H> {
                 }
             }
         }
-        for (place, verdict) in in_hand.places.iter().zip(verdicts) {
-            if let Some(verdict) = verdict {
-                in_hand.verdicts[*place] = verdict;
-            }
-        }
+        // By now each has one.
+        in_hand.judge(verdicts.into_iter().flatten());
         Ok(())
     }
 

@@ -68,7 +68,6 @@ pub(crate) struct Batch<'a> {
     pub(crate) events: &'a [IncomingEvent],
     pub(crate) records: &'a [&'a Record],
     pub(crate) histories: &'a [&'a History],
-    pub(crate) expectation: &'a Expectation,
 }
 
 impl<'a> Batch<'a> {
@@ -77,7 +76,6 @@ impl<'a> Batch<'a> {
             events: &self.events[range.clone()],
             records: &self.records[range.clone()],
             histories: &self.histories[range],
-            expectation: self.expectation,
         }
     }
 }
@@ -93,6 +91,7 @@ pub(crate) struct Process<H> {
     pub(crate) transaction_limit: Duration,
     pub(crate) consumer_version: &'static str,
     pub(crate) commits: Arc<Commits>,
+    pub(crate) expectation: Expectation,
     /// Events parked in all, as last counted.
     pub(crate) parked: AtomicI64,
     /// Something parked may go.
@@ -139,7 +138,7 @@ impl<H: Handler> Process<H> {
         });
         let transacted = transacted.await;
         if !matches!(transacted, Ok(Ok(_))) {
-            batch.expectation.forget();
+            self.expectation.forget();
         }
         match transacted {
             Ok(result) => result,
@@ -160,7 +159,7 @@ impl<H: Handler> Process<H> {
     ) -> Result<Result<Vec<Verdict>, Again>, BatchError> {
         let events = batch.events;
         let mut transaction = connection.begin().await.map_err(BatchError::Begin)?;
-        let claimed = claim::claim(&self.table, &mut transaction, events, batch.expectation).await;
+        let claimed = claim::claim(&self.table, &mut transaction, events, &self.expectation).await;
         let Ok(is_new) = claimed.map_err(BatchError::Inbox)? else {
             transaction.rollback().await.map_err(BatchError::Inbox)?;
             return Ok(Err(Again::Known(Known)));

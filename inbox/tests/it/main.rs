@@ -15,6 +15,7 @@ mod rate;
 mod rebuilding;
 mod redirects;
 mod release;
+mod sharing;
 mod stage;
 mod throughput;
 mod triage;
