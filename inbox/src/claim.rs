@@ -9,7 +9,7 @@ const STREAMED_FROM: usize = 16;
 
 /// After so many batches in a row that brought nothing known, the next one is expected to bring nothing known either. Events come
 /// again in numbers after a crash, a rebalance, a relay that sends again, and hardly ever in between; but steadily while some
-/// orders take the synchronous path. A wrong guess costs a transaction: no more than one batch in five has one.
+/// orders take the synchronous path. A wrong guess costs a transaction; of those that follow one another, at most one in five.
 const SURE_AFTER: u32 = 4;
 
 /// What the next events are expected to be. Nothing depends on it but time: the key of the table decides.

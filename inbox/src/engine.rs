@@ -330,8 +330,8 @@ impl<H: Handler> Engine<H> {
         let sharing = Sharing {
             process: Arc::clone(&process),
             transactions: Arc::clone(&transactions),
-            most_under_way: settings.max_transactions.max(1),
             batch_limit: settings.batch_limit.max(1),
+            limits: limits.clone(),
             metrics: Arc::clone(&metrics),
         };
         let workers = Arc::new(Workers {

@@ -22,10 +22,12 @@ impl InHand {
         self.places.iter().map(|place| &self.histories[*place])
     }
 
-    /// Takes the verdicts of the events, in their order.
-    pub(crate) fn judge(&mut self, verdicts: impl IntoIterator<Item = Verdict>) {
+    /// Takes the verdicts of the events, in their order; one without keeps what it had.
+    pub(crate) fn judge(&mut self, verdicts: impl IntoIterator<Item = Option<Verdict>>) {
         for (place, verdict) in self.places.iter().zip(verdicts) {
-            self.verdicts[*place] = verdict;
+            if let Some(verdict) = verdict {
+                self.verdicts[*place] = verdict;
+            }
         }
     }
 }

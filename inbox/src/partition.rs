@@ -14,12 +14,12 @@ use crate::{
     lane::Lane,
     metrics::Metrics,
     ordering::Verdict,
-    process::{Batch, BatchError, Process},
+    process::{Batch, BatchError, Begin, Process},
     rate_limit::{Permit, RateLimits},
     record::Record,
     redirect::{Letter, Outgoing, Redirector, Undelivered},
     retry::{Backoff, Step, random_unit},
-    shared_transaction::{Gone, SharedTransactions},
+    shared_transaction::{Gone, Shared, SharedTransactions},
     status::Status,
     table::Failed,
 };
@@ -59,15 +59,23 @@ struct Leave {
 impl<H: Handler> Workers<H> {
     /// Works until the lane is cancelled.
     pub(crate) async fn work(self: Arc<Self>, lane: Arc<Lane>) {
-        // What the last owner had in hand comes again.
-        self.process.expectation.forget();
+        let mut is_first = true;
+        let mut kept_company = true;
         while let Some((records, permit)) = self.next(&lane).await {
             lane.take_in_hand(records.first().and_then(|record| record.timestamp_ms));
-            let finished = self.handle(&lane, records, permit).await;
+            if std::mem::take(&mut is_first) {
+                // What the last owner had in hand comes again.
+                self.process.expectation.forget();
+            }
+            // What comes out of a retry topic has failed before, and would take the others with it. So might one that follows a
+            // batch which has had to leave them: what that one met may be there still.
+            let shares = lane.tier.is_none() && kept_company;
+            let finished = self.handle(&lane, records, permit, shares).await;
             lane.take_in_hand(None);
             self.status.resumed(&lane);
-            if finished.is_err() {
-                break;
+            match finished {
+                Ok(kept) => kept_company = kept,
+                Err(Cancelled) => break,
             }
         }
     }
@@ -93,8 +101,8 @@ impl<H: Handler> Workers<H> {
         }
     }
 
-    /// One batch from decoding to its offset.
-    async fn handle(&self, lane: &Lane, records: Vec<Record>, permit: Permit) -> Result<(), Cancelled> {
+    /// One batch from decoding to its offset, in a transaction with others if it `shares` one. False if it had to leave them.
+    async fn handle(&self, lane: &Lane, records: Vec<Record>, permit: Permit, shares: bool) -> Result<bool, Cancelled> {
         crash_point::BATCH_RECEIVED.reached();
         let mut in_hand = self.decode(lane, records);
         let spans: Vec<Span> = in_hand.events.iter().map(|event| self.span(event)).collect();
@@ -103,12 +111,18 @@ impl<H: Handler> Workers<H> {
             permit: Some(permit),
         };
         let mut took_effect = vec![false; in_hand.records.len()];
-        // What comes out of a retry topic has failed before, and would take the others with it.
-        let shares = lane.tier.is_none() && !in_hand.events.is_empty();
-        let mut judged = shares && self.shared.apply(&mut in_hand).await?;
+        let mut shared = Shared::Alone(None);
+        let mut kept_company = true;
+        if shares && !in_hand.events.is_empty() {
+            shared = self.shared.apply(&mut in_hand).await?;
+            kept_company = matches!(shared, Shared::Judged);
+            if !kept_company && lane.cancel.is_cancelled() {
+                return Err(Cancelled);
+            }
+        }
         loop {
-            if !std::mem::take(&mut judged) {
-                self.apply(lane, &mut leave, &mut in_hand).await?;
+            if let Shared::Alone(tried) = std::mem::replace(&mut shared, Shared::Alone(None)) {
+                self.apply(lane, &mut leave, &mut in_hand, tried).await?;
             }
             for (took_effect, verdict) in took_effect.iter_mut().zip(&in_hand.verdicts) {
                 *took_effect |= *verdict == Verdict::Applied;
@@ -125,7 +139,7 @@ impl<H: Handler> Workers<H> {
             // Whatever fails so often may be no fault of these events: none of them leaves, and all are tried again when
             // the stop is over. If a person has ended it, he has seen them, and they go.
             if self.hold_back(lane, &mut leave, reason).await? {
-                self.apply(lane, &mut leave, &mut in_hand).await?;
+                self.apply(lane, &mut leave, &mut in_hand, None).await?;
                 break;
             }
         }
@@ -141,7 +155,7 @@ impl<H: Handler> Workers<H> {
             lane.finish_to(last.offset + 1);
             crash_point::OFFSET_FINISHED.reached();
         }
-        Ok(())
+        Ok(kept_company)
     }
 
     fn decode(&self, lane: &Lane, records: Vec<Record>) -> InHand {
@@ -212,7 +226,15 @@ impl<H: Handler> Workers<H> {
     ///
     /// One for which there is no room to wait is put off, and so is what comes after it of its key: the rest of the batch may
     /// be what settles the keys that fill the table.
-    async fn apply(&self, lane: &Lane, leave: &mut Leave, in_hand: &mut InHand) -> Result<(), Cancelled> {
+    ///
+    /// `tried` is what became of the whole in a transaction that has just failed.
+    async fn apply(
+        &self,
+        lane: &Lane,
+        leave: &mut Leave,
+        in_hand: &mut InHand,
+        mut tried: Option<BatchError>,
+    ) -> Result<(), Cancelled> {
         let records: Vec<&Record> = in_hand.records_of_events().collect();
         let histories: Vec<&History> = in_hand.histories_of_events().collect();
         let batch = Batch {
@@ -252,7 +274,10 @@ impl<H: Handler> Workers<H> {
                 }
                 continue;
             }
-            let error = match self.apply_together(lane, leave, batch.part(part.clone()), None).await? {
+            let applied = self
+                .apply_together(lane, leave, batch.part(part.clone()), None, tried.take())
+                .await?;
+            let error = match applied {
                 Ok(judged) => {
                     for (place, verdict) in part.zip(judged) {
                         verdicts[place] = Some(verdict);
@@ -279,7 +304,7 @@ impl<H: Handler> Workers<H> {
             let outcome = failed(&error);
             loop {
                 match self
-                    .apply_together(lane, leave, batch.part(part.clone()), Some(&outcome))
+                    .apply_together(lane, leave, batch.part(part.clone()), Some(&outcome), None)
                     .await?
                 {
                     Ok(judged) => break verdicts[part.start] = judged.into_iter().next(),
@@ -291,8 +316,7 @@ impl<H: Handler> Workers<H> {
                 }
             }
         }
-        // By now each has one.
-        in_hand.judge(verdicts.into_iter().flatten());
+        in_hand.judge(verdicts);
         Ok(())
     }
 
@@ -304,15 +328,18 @@ impl<H: Handler> Workers<H> {
         leave: &mut Leave,
         batch: Batch<'_>,
         judged: Option<&Outcome>,
+        mut tried: Option<BatchError>,
     ) -> Result<Result<Vec<Verdict>, BatchError>, Cancelled> {
         let mut backoff = Backoff::new();
         loop {
             self.renew(lane, leave).await?;
-            let result = {
+            let result = if let Some(error) = tried.take() {
+                Err(error)
+            } else {
                 // Never closed; without a slot there is nothing to do but stop.
                 let _slot = self.transactions.acquire().await.map_err(|_| Cancelled)?;
                 let start = Instant::now();
-                let result = self.process.process(batch, judged).await;
+                let result = self.process.process(batch, judged, Begin::Patient).await;
                 self.metrics.transaction(start.elapsed());
                 result
             };

@@ -80,6 +80,24 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// How long a transaction waits for rows that others have locked.
+#[derive(Clone, Copy)]
+pub(crate) enum Begin {
+    /// As long as the server lets it.
+    Patient,
+    /// Several times what a transaction takes, and no longer.
+    Brief,
+}
+
+impl Begin {
+    fn statement(self) -> &'static str {
+        match self {
+            Self::Patient => "BEGIN",
+            Self::Brief => "BEGIN; SET LOCAL lock_timeout = '250ms'",
+        }
+    }
+}
+
 /// What a transaction is made with.
 pub(crate) struct Process<H> {
     pub(crate) pool: PgPool,
@@ -122,12 +140,17 @@ impl<H: Handler> Process<H> {
     /// A server that vanished without a word never answers, and its own timeouts do not reach us: the limit ends the
     /// wait. Do not cancel this from outside: a dropped `begin` can leave a connection inside a transaction that nobody
     /// ends (HAZARDS H3), and a dropped COPY leaves it one answer behind.
-    pub(crate) async fn process(&self, batch: Batch<'_>, judged: Option<&Outcome>) -> Result<Vec<Verdict>, BatchError> {
+    pub(crate) async fn process(
+        &self,
+        batch: Batch<'_>,
+        judged: Option<&Outcome>,
+        begin: Begin,
+    ) -> Result<Vec<Verdict>, BatchError> {
         let mut connection = self.pool.acquire().await.map_err(BatchError::Begin)?;
         let transacted = tokio::time::timeout(self.transaction_limit, async {
             let mut behind = HashSet::new();
             loop {
-                match self.transact(&mut connection, batch, judged, &behind).await? {
+                match self.transact(&mut connection, batch, judged, begin, &behind).await? {
                     Ok(verdicts) => return Ok(verdicts),
                     Err(Again::OutOfOrder(OutOfOrder(ids))) => behind.extend(ids),
                     Err(Again::Known(Known)) => {
@@ -155,10 +178,12 @@ impl<H: Handler> Process<H> {
         connection: &mut PgConnection,
         batch: Batch<'_>,
         judged: Option<&Outcome>,
+        begin: Begin,
         behind: &HashSet<Uuid>,
     ) -> Result<Result<Vec<Verdict>, Again>, BatchError> {
         let events = batch.events;
-        let mut transaction = connection.begin().await.map_err(BatchError::Begin)?;
+        let begun = connection.begin_with(begin.statement()).await;
+        let mut transaction = begun.map_err(BatchError::Begin)?;
         let claimed = claim::claim(&self.table, &mut transaction, events, &self.expectation).await;
         let Ok(is_new) = claimed.map_err(BatchError::Inbox)? else {
             transaction.rollback().await.map_err(BatchError::Inbox)?;

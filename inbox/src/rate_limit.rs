@@ -132,6 +132,14 @@ impl RateLimits {
         self.limiter(budget).total().share()
     }
 
+    /// The most events of one grant; `None` if there is no limit or nothing is granted.
+    pub(crate) fn largest_grant(&self, budget: Budget) -> Option<u32> {
+        match &**self.limiter(budget).regime.load() {
+            Regime::Limited { chunk, .. } => Some(chunk.get()),
+            Regime::Unlimited | Regime::Closed => None,
+        }
+    }
+
     /// Tells how many of the group's partitions of a budget this instance owns. To be called after the workers of
     /// revoked partitions have stopped and before those of new ones start, so that the shares of all instances never
     /// add up to more than the total.
