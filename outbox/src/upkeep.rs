@@ -47,6 +47,8 @@ pub(crate) struct Upkeep {
     stuck_after: StuckAfter,
     confirm_group: String,
     sweep_due: Instant,
+    /// Where the look for stuck rows goes on that had to end early.
+    stuck_from: After,
     /// The round before has not seen all rows.
     look: Option<Look>,
 }
@@ -66,6 +68,7 @@ impl Upkeep {
             stuck_after,
             confirm_group,
             look: None,
+            stuck_from: After::default(),
             sweep_due: Instant::now() + Self::interval(&stuck_after),
         }
     }
@@ -208,30 +211,46 @@ impl Upkeep {
         Ok(finished)
     }
 
-    async fn sweep(&self, delivery: &mut Delivery, wanted: &Unsent, horizon: OffsetDateTime) -> Result<(), SweepError> {
-        if let Some(patience) = self.stuck_after.unsent {
-            // Nothing of them may be on its way.
-            if !delivery.finish_within(PATIENCE).await? {
-                return Ok(());
+    /// Sends rows that are stuck. Nothing of the source is read meanwhile, and a backlog that is on its way may be long: mostly one
+    /// look says that none of it is stuck, and a walk through it ends after a second and goes on the next time.
+    async fn sweep(
+        &mut self,
+        delivery: &mut Delivery,
+        wanted: &Unsent,
+        horizon: OffsetDateTime,
+    ) -> Result<(), SweepError> {
+        let Some(patience) = self.stuck_after.unsent else {
+            return Ok(());
+        };
+        // Nothing of them may be on its way.
+        if !delivery.finish_within(PATIENCE).await? {
+            return Ok(());
+        }
+        let before = horizon - patience;
+        if !table::is_any_unsent_from_before(&self.table, &self.pool, wanted.buckets.as_deref(), before).await? {
+            return Ok(());
+        }
+        let stuck = Unsent {
+            before: Some(before),
+            ..wanted.clone()
+        };
+        let give_up = Instant::now() + PATIENCE;
+        let mut after = Some(std::mem::take(&mut self.stuck_from));
+        while let Some(begin) = after {
+            let (rows, next) = table::unsent(&self.table, &self.pool, &stuck, &begin, ROUND).await?;
+            for row in &rows {
+                if self.publish(delivery, row).await?.is_none() {
+                    return Ok(());
+                }
             }
-            let stuck = Unsent {
-                before: Some(horizon - patience),
-                ..wanted.clone()
-            };
-            let mut after = Some(After::default());
-            while let Some(begin) = after {
-                let (rows, next) = table::unsent(&self.table, &self.pool, &stuck, &begin, ROUND).await?;
-                for row in &rows {
-                    if self.publish(delivery, row).await?.is_none() {
-                        return Ok(());
-                    }
-                }
-                if let Some(row) = rows.first() {
-                    self.metrics.swept("init", rows.len());
-                    tracing::warn!(rows = rows.len(), first = %row.id, ?patience, "rows were stuck unsent; sent now");
-                }
-                // Rows that are not stuck fill looks too; what is, goes some at a time.
-                after = next.filter(|_| rows.is_empty());
+            if let Some(row) = rows.first() {
+                self.metrics.swept("init", rows.len());
+                tracing::warn!(rows = rows.len(), first = %row.id, ?patience, "rows were stuck unsent; sent now");
+            }
+            // Rows that are not stuck fill looks too; what is, goes some at a time.
+            after = next.filter(|_| rows.is_empty());
+            if give_up <= Instant::now() {
+                self.stuck_from = after.take().unwrap_or_default();
             }
         }
         Ok(())

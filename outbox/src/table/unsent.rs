@@ -125,6 +125,26 @@ pub(crate) async fn unsent(
     Ok((found, next))
 }
 
+/// Whether any unsent row of these keys was created before a time, in one look at what is unsent.
+pub(crate) async fn is_any_unsent_from_before(
+    table: &Table,
+    pool: &LimitedPool,
+    buckets: Option<&[i32]>,
+    before: OffsetDateTime,
+) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(table.sql(
+        "SELECT EXISTS (SELECT FROM $schema.outbox
+                         WHERE published_at IS NULL AND created_at < $2
+                           AND ($1::int[] IS NULL OR $schema.outbox_bucket(aggregateid) = ANY($1))
+                           AND aggregateid NOT IN (SELECT failed.aggregateid FROM $schema.outbox AS failed
+                                                    WHERE failed.failed_at IS NOT NULL))",
+    ))
+    .bind(buckets)
+    .bind(before)
+    .fetch_one(pool)
+    .await
+}
+
 /// The next unsent rows of one key after a sequence, in their order, at most `limit`.
 pub(crate) async fn unsent_of_key(
     table: &Table,

@@ -140,6 +140,32 @@ async fn a_row_stuck_unsent_behind_the_stream_is_swept() -> anyhow::Result<()> {
     relay.stop().await
 }
 
+/// The rows before it are several looks long, and none of them is stuck.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stuck_row_is_found_behind_a_backlog_that_is_not() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    let relay = stage
+        .start_relay_with(|settings| {
+            settings.mode = Mode::Wal;
+            settings.sweep_after = Duration::from_millis(500);
+        })
+        .await?;
+    relay.reaches(RelayState::Streaming).await?;
+    let mut events: Vec<_> = (0..1_800).map(|n| Stage::event(&format!("a-{n}"), 1)).collect();
+    events.push(Stage::event("k", 1));
+    stage.commit(&events).await?;
+    stage.all_marked().await?;
+    sqlx::raw_sql(
+        "UPDATE logistics.outbox SET published_at = NULL,
+                created_at = created_at + CASE aggregateid WHEN 'k' THEN interval '0' ELSE interval '1 hour' END",
+    )
+    .execute(&stage.pool)
+    .await?;
+    let records = stage.read_until(|records| sequences(records, "k").len() >= 2).await?;
+    assert_eq!(records.len(), events.len() + 1, "and nothing else was sent again");
+    relay.stop().await
+}
+
 /// A record that the topic has lost: published, and never read back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_never_read_back_is_sent_again() -> anyhow::Result<()> {
