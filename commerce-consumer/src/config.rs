@@ -152,8 +152,9 @@ pub struct GroupSettings {
     /// tiers of at most 1 day. With fewer tiers than before, records in a topic that is no longer read stay there.
     #[arg(long, env = "RETRY_DELAYS", default_value = "5s,30s,5m")]
     pub retry_delays: RetryDelays,
-    /// Most events in one transaction, counted, at most 1000. Small values cost throughput, large ones hold row locks for
-    /// longer. A rate limit bounds a batch as well, to about 1 % of the events per second that this instance may take.
+    /// Most events in one transaction, counted, at most 1000, also if several partitions share it. Small values cost throughput,
+    /// large ones hold row locks for longer. A rate limit bounds a partition's batch as well, to about 1 % of the events per
+    /// second that this instance may take.
     #[arg(long, env = "BATCH_LIMIT", default_value = "500", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub batch_limit: u32,
     /// Most transactions open at once, counted; keep it below DATABASE_MAX_CONNECTIONS, or readers of the REST interface

@@ -50,6 +50,38 @@ impl From<Gone> for Cancelled {
     }
 }
 
+/// Whether a partition's batches share transactions. What one of them met that had to leave the others may be there still: one
+/// goes alone then, twice as many after each further time.
+struct Company {
+    alone: u32,
+    next_time: u32,
+}
+
+const LONGEST_ALONE: u32 = 64;
+
+impl Default for Company {
+    fn default() -> Self {
+        Self { alone: 0, next_time: 1 }
+    }
+}
+
+impl Company {
+    fn is_wanted(&self) -> bool {
+        self.alone == 0
+    }
+
+    fn ended(&mut self, shared: bool, kept: bool) {
+        match (shared, kept) {
+            (false, _) => self.alone = self.alone.saturating_sub(1),
+            (true, true) => self.next_time = 1,
+            (true, false) => {
+                self.alone = self.next_time;
+                self.next_time = (self.next_time * 2).min(LONGEST_ALONE);
+            }
+        }
+    }
+}
+
 /// Leave for a batch to be in a transaction. Given back while the batch waits for the platform, so that others go on.
 struct Leave {
     count: u32,
@@ -60,21 +92,20 @@ impl<H: Handler> Workers<H> {
     /// Works until the lane is cancelled.
     pub(crate) async fn work(self: Arc<Self>, lane: Arc<Lane>) {
         let mut is_first = true;
-        let mut kept_company = true;
+        let mut company = Company::default();
         while let Some((records, permit)) = self.next(&lane).await {
             lane.take_in_hand(records.first().and_then(|record| record.timestamp_ms));
             if std::mem::take(&mut is_first) {
                 // What the last owner had in hand comes again.
                 self.process.expectation.forget();
             }
-            // What comes out of a retry topic has failed before, and would take the others with it. So might one that follows a
-            // batch which has had to leave them: what that one met may be there still.
-            let shares = lane.tier.is_none() && kept_company;
+            // What comes out of a retry topic has failed before, and would take the others with it.
+            let shares = lane.tier.is_none() && company.is_wanted();
             let finished = self.handle(&lane, records, permit, shares).await;
             lane.take_in_hand(None);
             self.status.resumed(&lane);
             match finished {
-                Ok(kept) => kept_company = kept,
+                Ok(kept) => company.ended(shares, kept),
                 Err(Cancelled) => break,
             }
         }
@@ -513,5 +544,27 @@ pub(crate) fn failed(error: &BatchError) -> Outcome {
     match classify(error) {
         Class::Permanent => Outcome::DeadLetter(reason),
         Class::Platform | Class::EventTransient => Outcome::Retry(reason),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_to_leave_its_company_stays_away_for_longer_each_time() {
+        let mut company = Company::default();
+        for away in [1, 2, 4, 8, 16, 32, 64, 64] {
+            assert!(company.is_wanted());
+            company.ended(true, false);
+            for _ in 0..away {
+                assert!(!company.is_wanted());
+                company.ended(false, true);
+            }
+        }
+        company.ended(true, true);
+        company.ended(true, false);
+        company.ended(false, true);
+        assert!(company.is_wanted(), "after a success it is one again");
     }
 }

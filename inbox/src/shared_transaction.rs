@@ -17,8 +17,8 @@ use crate::{
     record::Record,
 };
 
-/// Events that must wait before a transaction joins those under way, or fewer if the rate limit grants fewer at once. A
-/// transaction costs a dozen messages to the database and back, however few events share them, and it holds rows that the
+/// Records that must wait before a transaction joins those under way, or fewer if the rate limit grants fewer at once. A
+/// transaction costs a dozen messages to the database and back, however few share them, and it holds rows that the
 /// next one may want.
 const ENOUGH: usize = 100;
 /// The longest that fewer wait for those under way while there is room for another: one of them may be stuck.
@@ -109,8 +109,9 @@ async fn gather<H: Handler>(sharing: Arc<Sharing<H>>, mut arriving: mpsc::Receiv
         } else {
             patient_until
         };
-        let events: usize = waiting.iter().map(Waiting::events).sum();
-        let goes = !nobody_waits && (events >= sharing.enough() || no_later <= Instant::now());
+        // Grants count records, whatever becomes of them.
+        let records: usize = waiting.iter().map(|waiting| waiting.in_hand.records.len()).sum();
+        let goes = !nobody_waits && (records >= sharing.enough() || no_later <= Instant::now());
         // A slot first: what arrives while all are taken goes with the others.
         if goes && let Some(slot) = slot.take() {
             let together = fitting(&mut waiting, sharing.batch_limit);

@@ -47,7 +47,7 @@ pub(crate) struct Upkeep {
     stuck_after: StuckAfter,
     confirm_group: String,
     sweep_due: Instant,
-    /// Where the look for stuck rows goes on that had to end early.
+    /// Where the next look for stuck rows begins; behind a whole key.
     stuck_from: After,
     /// The round before has not seen all rows.
     look: Option<Look>,
@@ -226,18 +226,16 @@ impl Upkeep {
         if !delivery.finish_within(PATIENCE).await? {
             return Ok(());
         }
-        let before = horizon - patience;
-        if !table::is_any_unsent_from_before(&self.table, &self.pool, wanted.buckets.as_deref(), before).await? {
-            return Ok(());
-        }
         let stuck = Unsent {
-            before: Some(before),
+            before: Some(horizon - patience),
             ..wanted.clone()
         };
+        if !table::is_any_unsent(&self.table, &self.pool, &stuck).await? {
+            return Ok(());
+        }
         let give_up = Instant::now() + PATIENCE;
-        let mut after = Some(std::mem::take(&mut self.stuck_from));
-        while let Some(begin) = after {
-            let (rows, next) = table::unsent(&self.table, &self.pool, &stuck, &begin, ROUND).await?;
+        while Instant::now() < give_up {
+            let (rows, next) = table::unsent(&self.table, &self.pool, &stuck, &self.stuck_from, ROUND).await?;
             for row in &rows {
                 if self.publish(delivery, row).await?.is_none() {
                     return Ok(());
@@ -246,11 +244,14 @@ impl Upkeep {
             if let Some(row) = rows.first() {
                 self.metrics.swept("init", rows.len());
                 tracing::warn!(rows = rows.len(), first = %row.id, ?patience, "rows were stuck unsent; sent now");
+                // What is stuck goes some at a time, and the next look begins here.
+                return Ok(());
             }
-            // Rows that are not stuck fill looks too; what is, goes some at a time.
-            after = next.filter(|_| rows.is_empty());
-            if give_up <= Instant::now() {
-                self.stuck_from = after.take().unwrap_or_default();
+            // Rows that are not stuck fill looks too.
+            let is_through = next.is_none();
+            self.stuck_from = next.unwrap_or_default();
+            if is_through {
+                break;
             }
         }
         Ok(())

@@ -41,9 +41,7 @@ pub(crate) use partitions::{drop_partitions, ensure_partitions, forget_default_r
 pub(crate) use positions::{Position, SlotIdentity, record_position, recorded_position, unmarked_before};
 pub use resends::Selection;
 pub(crate) use resends::{forget_resends, next_resends, request_resends, resend_done, select_resends};
-pub(crate) use unsent::{
-    After, Unsent, UnsentRow, is_any_unsent_from_before, keys_with_unsent_before, unsent, unsent_of_key,
-};
+pub(crate) use unsent::{After, Unsent, UnsentRow, is_any_unsent, keys_with_unsent_before, unsent, unsent_of_key};
 
 /// The outbox of one schema. Cheap to clone.
 #[derive(Debug, Clone)]
