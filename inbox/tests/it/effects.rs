@@ -45,15 +45,8 @@ async fn many_new_events_are_streamed_into_the_inbox_and_a_known_one_among_them_
     let engine = stage.engine().await;
     let mut sent = Vec::new();
     let mut send_together = async |together: &[Envelope]| {
-        // An event that waits for the table, so that those behind it gather.
-        let mut lock = stage.pool.begin().await.unwrap();
-        let statement = "LOCK TABLE t.inbox IN EXCLUSIVE MODE";
-        sqlx::query(statement).execute(&mut *lock).await.unwrap();
         let first = event(EFFECT, "first", sent.len() as i64 + 1);
-        stage.send_events_to(Some(0), [&first]).await;
-        let waiting = "SELECT count(*) FROM pg_stat_activity
-            WHERE datname = current_database() AND wait_event_type = 'Lock'";
-        until("the first event to wait", async || stage.number(waiting).await == 1).await;
+        let lock = stage.hold_up(&first).await;
         stage.send_events_to(Some(0), together).await;
         sent.push(first);
         sent.extend_from_slice(together);

@@ -23,16 +23,7 @@ async fn one_bad_event_in_a_batch_of_500_leaves_499_in_the_same_pass() {
 async fn batch_of_500(bad: Option<usize>) -> (Duration, usize) {
     let stage = Stage::new(&[]).await;
     let engine = stage.engine().await;
-    // An event that waits for the table, so that those behind it gather.
-    let mut lock = stage.pool.begin().await.unwrap();
-    sqlx::query("LOCK TABLE t.inbox IN EXCLUSIVE MODE")
-        .execute(&mut *lock)
-        .await
-        .unwrap();
-    stage.send_events_to(Some(0), &[event(EFFECT, "first", 1)]).await;
-    let waiting = "SELECT count(*) FROM pg_stat_activity
-        WHERE datname = current_database() AND wait_event_type = 'Lock'";
-    until("the first event to wait", async || stage.number(waiting).await == 1).await;
+    let lock = stage.hold_up(&event(EFFECT, "first", 1)).await;
     let batch: Vec<_> = (0..500)
         .map(|n| {
             let event_type = if bad == Some(n) { SQL_ERROR } else { EFFECT };

@@ -12,13 +12,7 @@ async fn all_partitions_wait(event_type_of: impl Fn(i32) -> &'static str) -> (St
     let mut stage = Stage::new(&[]).await;
     stage.max_transactions = 1;
     let engine = stage.engine().await;
-    let mut lock = stage.pool.begin().await.unwrap();
-    sqlx::query("LOCK TABLE t.inbox IN EXCLUSIVE MODE")
-        .execute(&mut *lock)
-        .await
-        .unwrap();
-    stage.send_events_to(Some(0), &[event(EFFECT, "key-0", 1)]).await;
-    until("the first event to wait", async || lock_waits(&stage).await == 1).await;
+    let lock = stage.hold_up(&event(EFFECT, "key-0", 1)).await;
     for partition in 1..PARTITIONS {
         let event = event(event_type_of(partition), &format!("key-{partition}"), 1);
         stage.send_events_to(Some(partition), &[event]).await;
@@ -54,12 +48,6 @@ async fn hang(stage: &Stage, partition: i32) {
     let at_door = event(AT_DOOR, &format!("key-{partition}"), 1);
     stage.send_events_to(Some(partition), [&at_door]).await;
     until("one that hangs", async || !stage.notes.attempts(at_door.id).is_empty()).await;
-}
-
-async fn lock_waits(stage: &Stage) -> i64 {
-    let waiting = "SELECT count(*) FROM pg_stat_activity
-        WHERE datname = current_database() AND wait_event_type = 'Lock'";
-    stage.number(waiting).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -147,7 +135,7 @@ async fn a_row_that_is_locked_holds_up_its_own_partition_only() {
     all_in_hand(&engine).await;
     drop(door);
     until("the others", async || stage.effects().await == ALL - 1).await;
-    until("the one that waits", async || lock_waits(&stage).await == 1).await;
+    until("the one that waits", async || stage.lock_waits().await == 1).await;
     assert_eq!(stage.sequences("key-3").await, Vec::<i64>::new());
     lock.rollback().await.unwrap();
     until("that one", async || stage.effects().await == ALL).await;

@@ -485,6 +485,28 @@ impl Stage {
         sqlx::query_scalar(query).fetch_one(&self.pool).await.unwrap()
     }
 
+    /// Sends an event to the first partition and lets it wait for the inbox table until the lock is given up, so that what comes
+    /// behind it gathers.
+    pub(crate) async fn hold_up(&self, first: &Envelope) -> PgTransaction<'static> {
+        let mut lock = self.pool.begin().await.unwrap();
+        sqlx::query("LOCK TABLE t.inbox IN EXCLUSIVE MODE")
+            .execute(&mut *lock)
+            .await
+            .unwrap();
+        self.send_events_to(Some(0), [first]).await;
+        until("the first event to wait", async || self.lock_waits().await == 1).await;
+        lock
+    }
+
+    /// Sessions that wait for a lock.
+    pub(crate) async fn lock_waits(&self) -> i64 {
+        self.number(
+            "SELECT count(*) FROM pg_stat_activity
+              WHERE datname = current_database() AND wait_event_type = 'Lock'",
+        )
+        .await
+    }
+
     /// The sequences of a key's effects, in the order in which they took place.
     pub(crate) async fn sequences(&self, key: &str) -> Vec<i64> {
         sqlx::query_scalar("SELECT sequence FROM t.effects WHERE aggregate_id = $1 ORDER BY id")

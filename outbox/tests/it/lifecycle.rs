@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use outbox::{Lifecycle, Mode, Operator, RelayState, Selection};
 
-use crate::stage::{Stage, first_seen, sequences, wait_for};
+use crate::stage::{RunningRelay, Stage, first_seen, sequences, wait_for};
 
 async fn states(stage: &Stage) -> anyhow::Result<Vec<(&'static str, i64)>> {
     let operator = Operator::new("logistics", stage.pool.clone());
@@ -118,10 +118,8 @@ async fn what_nobody_published_is_swept_after_its_time() -> anyhow::Result<()> {
     relay.stop().await
 }
 
-/// A row that the stream passed without a mark: as a defect, or a hand in the database, would leave it.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_row_stuck_unsent_behind_the_stream_is_swept() -> anyhow::Result<()> {
-    let stage = Stage::new().await?;
+/// Its patience with rows that stay unsent is short.
+async fn streams_and_sweeps(stage: &Stage) -> anyhow::Result<RunningRelay> {
     let relay = stage
         .start_relay_with(|settings| {
             settings.mode = Mode::Wal;
@@ -129,6 +127,14 @@ async fn a_row_stuck_unsent_behind_the_stream_is_swept() -> anyhow::Result<()> {
         })
         .await?;
     relay.reaches(RelayState::Streaming).await?;
+    Ok(relay)
+}
+
+/// A row that the stream passed without a mark: as a defect, or a hand in the database, would leave it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_stuck_unsent_behind_the_stream_is_swept() -> anyhow::Result<()> {
+    let stage = Stage::new().await?;
+    let relay = streams_and_sweeps(&stage).await?;
     stage.commit(&[Stage::event("k", 1)]).await?;
     stage.all_marked().await?;
     sqlx::raw_sql("UPDATE logistics.outbox SET published_at = NULL")
@@ -144,13 +150,7 @@ async fn a_row_stuck_unsent_behind_the_stream_is_swept() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stuck_row_is_found_behind_a_backlog_that_is_not() -> anyhow::Result<()> {
     let stage = Stage::new().await?;
-    let relay = stage
-        .start_relay_with(|settings| {
-            settings.mode = Mode::Wal;
-            settings.sweep_after = Duration::from_millis(500);
-        })
-        .await?;
-    relay.reaches(RelayState::Streaming).await?;
+    let relay = streams_and_sweeps(&stage).await?;
     let mut events: Vec<_> = (0..1_800).map(|n| Stage::event(&format!("a-{n}"), 1)).collect();
     events.push(Stage::event("k", 1));
     stage.commit(&events).await?;
